@@ -1,0 +1,52 @@
+# make demo, make test: everything they need goes into .venv, from nothing but Python and make.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+GPU_PYTHON ?= python3
+BUDGET ?= 480
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m tritonparam demo rnn
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest --quiet
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+# Times the machine at hand and writes benchmarks/results/<device>/.
+bench: $(VENV)/.ready
+	$(RUN) -m pytest benchmarks --quiet
+
+# On a machine with a GPU, in the Python that has its torch: the tests that use it, then the
+# benchmarks in what is left of BUDGET seconds. Result files go to $OUT where it is set, else to
+# benchmarks/results/<device>/.
+GPU_TESTS := tests/test_gpu.py tests/test_chains.py tests/test_cayley_kernels.py \
+	tests/test_torch_around.py
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@start=$$(date +%s); status=0; \
+	$(GPU_PYTHON) -m pytest --quiet $(GPU_TESTS) || status=$$?; \
+	export TRITONPARAM_BENCH_DEVICE=cuda TRITONPARAM_BENCH_OUT="$(OUT)"; \
+	export TRITONPARAM_BENCH_BUDGET=$$(($(BUDGET) - $$(date +%s) + start)); \
+	$(GPU_PYTHON) -m pytest benchmarks --quiet || status=$$?; \
+	exit $$status
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[demo,test,bench]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(PIP) --editable ".[dev]"
+	touch $@

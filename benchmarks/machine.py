@@ -1,0 +1,55 @@
+"""The device that a result belongs to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() or None
+
+
+def describe(kind: str) -> dict[str, Any]:
+    """Device, versions and commit, for the head of a result file."""
+    if kind == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def folder(kind: str) -> str:
+    """The name of the device's folder under ``benchmarks/results/``."""
+    name = describe(kind)["device"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

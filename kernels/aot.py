@@ -1,0 +1,86 @@
+"""Compiling kernels ahead of time for a named GPU, present or not, and reading what they use."""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tritonparam.kernels import cayley
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses: registers and bytes of stack per thread, bytes of shared
+    memory per program. On gfx942 these are vector registers, scratch and LDS."""
+
+    name: str
+    target: str
+    regs: int
+    stack: int
+    shared: int
+
+
+def shipped_resources(target: str) -> list[Resources]:
+    """Compile every shipped configuration for `target`, for example "sm_90" or "gfx942"."""
+    rows = cayley.shipped(_gpu_target(target).backend)
+    return [compile_kernel(*row, target=target) for row in rows]
+
+
+def compile_kernel(name: str, kernel, types: dict, options: dict, target: str) -> Resources:
+    """Compile one @triton.jit function; `options` holds its constants and the launch options.
+
+    `types` names the pointers' types, for example {"w_ptr": "*fp32"}; other arguments are i32.
+    """
+    constants = {key: value for key, value in options.items() if key in kernel.arg_names}
+    defaults = {p.name: p.default for p in kernel.params if p.has_default}
+    constants = {**defaults, **constants}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constexprs=constants)
+    launch = {key: value for key, value in options.items() if key not in constants}
+    gpu = _gpu_target(target)
+    compiled = triton.compile(source, target=gpu, options=launch)
+    if gpu.backend == "hip":
+        regs, stack = _amdgcn_usage(compiled.asm["amdgcn"])
+    else:
+        regs, stack = _cubin_usage(compiled.asm["cubin"])
+    return Resources(name, target, regs, stack, compiled.metadata.shared)
+
+
+def _gpu_target(name: str) -> GPUTarget:
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+    raise ValueError(f"aot: target must be sm_<number> or gfx<number>, got {name!r}")
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    suffix = ".exe" if os.name == "nt" else ""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tools / f"cuobjdump{suffix}"), "--dump-resource-usage", str(path)]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _number(r"REG:(\d+)", report), _number(r"STACK:(\d+)", report)
+
+
+def _amdgcn_usage(assembly: str) -> tuple[int, int]:
+    regs = _number(r"\.vgpr_count:\s+(\d+)", assembly)
+    return regs, _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+
+
+def _number(pattern: str, report: str) -> int:
+    match = re.search(pattern, report)
+    if match is None:
+        raise RuntimeError(f"aot: {pattern} not found in the compiler's report:\n{report}")
+    return int(match.group(1))

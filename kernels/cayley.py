@@ -1,0 +1,369 @@
+"""Cayley map of a batch of small matrices, n <= 64, and its gradient, one launch each."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonparam.kernels.tile import load_skew_block, load_triu, take_lane, take_uniform
+
+
+@triton.jit(
+    do_not_specialize=["n_matrices", "n_cols", "w_stride", "w_stride_row", "d_stride"],
+    do_not_specialize_on_alignment=["w_ptr", "d_ptr", "q_ptr"],
+)
+def _cayley_fwd_kernel(
+    w_ptr,
+    d_ptr,
+    q_ptr,
+    n_matrices,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    d_stride,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_LANES: tl.constexpr,
+    BLOCK_MATRICES: tl.constexpr,
+    ACC: tl.constexpr,
+    UNROLL: tl.constexpr = 2,
+):
+    """Q = (2 A^{-1} - I) diag(d), A = I - X, X = triu(w, 1) - triu(w, 1)^T.
+
+    In-place Gauss-Jordan with column pivoting (Golub & Van Loan, Matrix Computations, 3.4; it is
+    partial pivoting on A^T). Step k takes row k as it stands, finds its largest entry p_k among
+    the columns not used so far and eliminates column p_k from every other row. What then stands
+    at (k, p_l) is A^{-1}[p_k, l].
+
+    A row lies in registers with its columns in lanes: row i is the tuple of [BLOCK_MATRICES,
+    BLOCK_LANES] at rows[i * PARTS]. The pivot rows are always the first UNROLL, because the tuple
+    rotates by as many after them; no register is indexed at run time. UNROLL is 2 because at 1
+    LLVM vectorizes across the rotation and keeps every row twice.
+    """
+    PARTS: tl.constexpr = BLOCK_COLS // BLOCK_LANES
+    row = tl.arange(0, BLOCK_LANES)[:, None, None]
+    slot = tl.program_id(0).to(tl.int64) * BLOCK_MATRICES + tl.arange(0, BLOCK_MATRICES)
+    matrix = slot[None, :, None]
+    col = tl.arange(0, BLOCK_LANES)[None, None, :]
+    mask = matrix < n_matrices
+    w_ptr += matrix * w_stride
+    rows = ()
+    for row0 in tl.static_range(0, BLOCK_COLS, BLOCK_LANES):
+        blocks = ()
+        for col0 in tl.static_range(0, BLOCK_COLS, BLOCK_LANES):
+            x = load_skew_block(w_ptr, w_stride_row, row, col, n_cols, mask, row0, col0, ACC)
+            blocks = blocks + (tl.where(row0 + row == col0 + col, 1.0, -x),)
+        for i in tl.static_range(BLOCK_LANES):
+            here = row == i
+            for part in tl.static_range(PARTS):
+                rows = rows + (tl.sum(tl.where(here, blocks[part], 0.0), axis=0),)
+
+    zero = tl.zeros([BLOCK_MATRICES, BLOCK_LANES], tl.int32)
+    cols = ()  # the column of each lane
+    used = ()  # 1 where the column was a pivot, and in the padding
+    pivots = ()  # p_k in lane k
+    for part in tl.static_range(PARTS):
+        lane = zero + tl.arange(0, BLOCK_LANES)[None, :] + part * BLOCK_LANES
+        cols = cols + (lane,)
+        used = used + (tl.where(lane < n_cols, 0, 1),)
+        pivots = pivots + (zero,)
+    for k0 in range(0, n_cols, UNROLL):
+        for j in tl.static_range(UNROLL):
+            k = k0 + j
+            # Largest magnitude first; the column in the last bits breaks ties (within 2^-17).
+            best = zero - 1
+            for part in tl.static_range(PARTS):
+                size = tl.abs(rows[j * PARTS + part]).to(tl.float32).to(tl.int32, bitcast=True)
+                free = tl.where(k < n_cols, used[part], cols[part] - k) == 0
+                best = tl.maximum(best, tl.where(free, (size & -BLOCK_COLS) | cols[part], -1))
+            pivot = zero + (tl.max(best, axis=1, keep_dims=True) & (BLOCK_COLS - 1))
+            a = take_uniform(rows[j * PARTS : (j + 1) * PARTS], pivot, BLOCK_LANES)
+            inverse = 1.0 / a + (a - a)  # an infinite pivot gives NaN, not 0
+            hits = ()
+            scaled = ()
+            next_used = ()
+            next_pivots = ()
+            for part in tl.static_range(PARTS):
+                hit = cols[part] == pivot
+                hits = hits + (hit,)
+                scaled = scaled + (tl.where(hit, inverse, rows[j * PARTS + part] * inverse),)
+                next_used = next_used + (tl.where(hit, 1, used[part]),)
+                next_pivots = next_pivots + (tl.where(cols[part] == k, pivot, pivots[part]),)
+            used = next_used
+            pivots = next_pivots
+            next_rows = ()
+            for i in tl.static_range(BLOCK_COLS):
+                if i == j:
+                    next_rows = next_rows + scaled
+                else:
+                    m = take_uniform(rows[i * PARTS : (i + 1) * PARTS], pivot, BLOCK_LANES)
+                    for part in tl.static_range(PARTS):
+                        base = tl.where(hits[part], 0.0, rows[i * PARTS + part])
+                        next_rows = next_rows + (base - m * scaled[part],)
+            rows = next_rows
+        rows = rows[UNROLL * PARTS :] + rows[: UNROLL * PARTS]
+
+    # Row k is now at k + shift. Loops over the blocks of Q, to compile a quarter of the code.
+    shift = BLOCK_COLS - (n_cols + UNROLL - 1) // UNROLL * UNROLL
+    q_ptr += matrix * n_cols * n_cols
+    for out_row in range(0, BLOCK_COLS, BLOCK_LANES):
+        k = cols[0] + (out_row - shift)
+        p = take_lane(pivots, k, BLOCK_LANES)
+        p = tl.where((k >= 0) & (k < n_cols), p, BLOCK_COLS)
+        p = tl.permute(p[None, :, :], (2, 1, 0))  # p_k, [BLOCK_LANES, matrices, 1]
+        sources = pivots
+        for out_col in range(0, BLOCK_COLS, BLOCK_LANES):
+            c = out_col + col
+            q = tl.zeros([BLOCK_LANES, BLOCK_MATRICES, BLOCK_LANES], ACC)
+            for i in tl.static_range(BLOCK_LANES):
+                line = take_lane(rows[i * PARTS : (i + 1) * PARTS], sources[0], BLOCK_LANES)
+                q = tl.where(row == i, line[None, :, :], q)
+            mask_c = mask & (c < n_cols)
+            d = tl.load(d_ptr + matrix * d_stride + c, mask=mask_c, other=0.0).to(ACC)
+            q = (2.0 * q - tl.where(p == c, 1.0, 0.0)) * d
+            tl.store(q_ptr + (p * n_cols + c), q, mask=mask_c & (p < BLOCK_COLS))
+            sources = sources[1:] + sources[:1]
+        rows = rows[BLOCK_LANES * PARTS :] + rows[: BLOCK_LANES * PARTS]
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "w_stride", "w_stride_row", "d_stride"],
+    do_not_specialize_on_alignment=["w_ptr", "d_ptr", "q_ptr"],
+)
+def _cayley_fwd_tile_kernel(
+    w_ptr,
+    d_ptr,
+    q_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    d_stride,
+    BLOCK_COLS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The same elimination on one tile spread over several warps, for what fills more registers
+    than a warp has (fp64 above n = 32)."""
+    matrix = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK_COLS)
+    col = tl.arange(0, BLOCK_COLS)
+    r = row[:, None]
+    c = col[None, :]
+    x = load_triu(w_ptr + matrix * w_stride, w_stride_row, r, c, n_cols, True, ACC)
+    a = tl.where(r == c, 1.0, tl.trans(x) - x)  # [BLOCK_COLS, BLOCK_COLS]
+    target = row  # p_k
+    source = col  # the step that used this column
+    used = tl.where(col < n_cols, 0, 1)
+    for k in range(0, n_cols):
+        s = tl.sum(tl.where(r == k, a, 0.0), axis=0)
+        size = tl.abs(s).to(tl.float32).to(tl.int32, bitcast=True)
+        size = tl.where(used == 0, (size & -BLOCK_COLS) | col, -1)
+        pivot = tl.max(size, axis=0) & (BLOCK_COLS - 1)
+        m = tl.sum(tl.where(c == pivot, a, 0.0), axis=1)
+        p = tl.sum(tl.where(col == pivot, s, 0.0), axis=0)
+        inverse = 1.0 / p + (p - p)
+        s = tl.where(col == pivot, inverse, s * inverse)
+        a = tl.where(r == k, s[None, :], tl.where(c == pivot, 0.0, a) - m[:, None] * s[None, :])
+        target = tl.where(row == k, pivot, target)
+        source = tl.where(col == pivot, k, source)
+        used = tl.where(col == pivot, 1, used)
+    mask = (r < n_cols) & (c < n_cols)
+    d = tl.load(d_ptr + matrix * d_stride + source, mask=col < n_cols, other=0.0).to(ACC)
+    q = (2.0 * a - tl.where(target[:, None] == source[None, :], 1.0, 0.0)) * d[None, :]
+    offset = (matrix * n_cols + target[:, None]) * n_cols + source[None, :]
+    tl.store(q_ptr + offset, q, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "g_stride", "g_stride_row", "d_stride"],
+    do_not_specialize_on_alignment=["g_ptr", "q_ptr", "d_ptr", "dw_ptr"],
+)
+def _cayley_bwd_kernel(
+    g_ptr,
+    q_ptr,
+    d_ptr,
+    dw_ptr,
+    n_cols,
+    g_stride,
+    g_stride_row,
+    d_stride,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dw = triu(Z - Z^T, 1) / 2 with Z = D P^T G P^T, P = Q + D, D = diag(d).
+
+    With C = Q D, the Cayley matrix itself, this is Z = (I + C)^T (G D) (I + C)^T. The sum over
+    the rows of G runs in slices of BLOCK_K, so that neither G nor G P^T is held whole.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK_COLS)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (row < n_cols) & (col < n_cols)
+    g_ptr += matrix * g_stride
+    q_ptr += matrix * n_cols * n_cols
+    d_ptr += matrix * d_stride
+    d_row = tl.load(d_ptr + row, mask=row < n_cols, other=0.0).to(ACC)
+    d_col = tl.load(d_ptr + col, mask=col < n_cols, other=0.0).to(ACC)
+    z = tl.zeros([BLOCK_COLS, BLOCK_COLS], ACC)
+    for k0 in range(0, n_cols, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[:, None]
+        t = tl.zeros([BLOCK_K, BLOCK_COLS], ACC)  # rows k of G P^T
+        for j0 in range(0, n_cols, BLOCK_K):
+            j = j0 + tl.arange(0, BLOCK_K)[None, :]
+            g = tl.load(
+                g_ptr + (k.to(tl.int64) * g_stride_row + j),
+                mask=(k < n_cols) & (j < n_cols),
+                other=0.0,
+            )
+            p = tl.load(q_ptr + (row * n_cols + j), mask=(row < n_cols) & (j < n_cols), other=0.0)
+            p += tl.where(row == j, d_row, 0.0)
+            t = tl.dot(g, tl.trans(p), acc=t, input_precision=PRECISION, out_dtype=ACC)
+        inside = (k < n_cols) & (col < n_cols)
+        p_k = tl.load(q_ptr + (k * n_cols + col), mask=inside, other=0.0)
+        p_k += tl.where(k == col, d_col, 0.0)
+        z = tl.dot(tl.trans(p_k), t, acc=z, input_precision=PRECISION, out_dtype=ACC)
+    z *= d_row
+    dw = tl.where(row < col, 0.5 * (z - tl.trans(z)), 0.0)
+    offset = matrix * n_cols * n_cols + (row * n_cols + col)
+    tl.store(dw_ptr + offset, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class FwdConfig:
+    """Launch numbers of the forward; with more than one warp it is the tile kernel that runs."""
+
+    block_cols: int
+    block_lanes: int
+    block_matrices: int
+    num_warps: int = 1
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class BwdConfig:
+    """Launch numbers of the backward."""
+
+    block_cols: int
+    block_k: int
+    precision: str
+    num_warps: int = 1
+    maxnreg: int | None = None
+
+
+def fwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> FwdConfig:
+    """The default for n x n matrices: one warp, and as many matrices as fill its lanes."""
+    warp = 64 if backend == "hip" else 32
+    cols = max(8, triton.next_power_of_2(n))
+    if cols > warp and dtype == torch.float64:
+        return FwdConfig(cols, cols, 1, num_warps=8)
+    lanes = min(cols, warp)
+    return FwdConfig(cols, lanes, warp // lanes)
+
+
+def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> BwdConfig:
+    """The default for n x n matrices; `tl.dot` starts at 16, and hip does not compile tf32x3."""
+    cols = max(16, triton.next_power_of_2(n))
+    if dtype == torch.float64:
+        num_warps = {16: 1, 32: 2, 64: 8}[cols]
+        maxnreg = 192 if cols == 64 and backend == "cuda" else None
+        return BwdConfig(cols, 16, "ieee", num_warps, maxnreg)
+    precision = "ieee" if backend == "hip" else "tf32x3"
+    return BwdConfig(cols, 16, precision, num_warps=4 if cols == 64 else 1)
+
+
+def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: FwdConfig) -> torch.Tensor:
+    """Q = (I + X)(I - X)^{-1} diag(signature), X = triu(w, 1) - triu(w, 1)^T.
+
+    `w` is [..., n, n] and `signature` [..., n], of any strides. Q is new and contiguous, in the
+    compute dtype `torch.promote_types(w.dtype, torch.float32)`.
+    """
+    q = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
+    if q.numel() == 0:
+        return q
+    w, d = _flatten(w, 2), _flatten(signature, 1)
+    n_matrices, n_cols, _ = w.shape
+    strides = (w.stride(0), w.stride(1), d.stride(0))
+    options = _fwd_options(config, q.dtype)
+    if config.num_warps == 1:
+        grid = (triton.cdiv(n_matrices, config.block_matrices),)
+        _cayley_fwd_kernel[grid](w, d, q, n_matrices, n_cols, *strides, **options)
+    else:
+        _cayley_fwd_tile_kernel[(n_matrices,)](w, d, q, n_cols, *strides, **options)
+    return q
+
+
+def cayley_bwd(
+    g: torch.Tensor,
+    q: torch.Tensor,
+    signature: torch.Tensor,
+    dtype: torch.dtype,
+    config: BwdConfig,
+) -> torch.Tensor:
+    """The gradient of w from `g`, that of Q, both [..., n, n] in the compute dtype.
+
+    `q` is what `cayley_fwd` returned; the result is new and contiguous, in `dtype`.
+    """
+    dw = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if dw.numel() == 0:
+        return dw
+    g, q, d = _flatten(g, 2), q.contiguous(), _flatten(signature, 1)
+    n_matrices, n_cols, _ = g.shape
+    strides = (g.stride(0), g.stride(1), d.stride(0))
+    options = _bwd_options(config, q.dtype)
+    _cayley_bwd_kernel[(n_matrices,)](g, q, d, dw, n_cols, *strides, **options)
+    return dw
+
+
+def _flatten(x: torch.Tensor, core: int) -> torch.Tensor:
+    """[..., core dims] -> [matrices, core dims]: a view where strides allow, the last one 1."""
+    x = x.reshape(-1, *x.shape[-core:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:
+    options = {"BLOCK_COLS": config.block_cols, "ACC": _TRITON_DTYPE[dtype]}
+    if config.num_warps == 1:
+        options |= {"BLOCK_LANES": config.block_lanes, "BLOCK_MATRICES": config.block_matrices}
+    return options | _launch_options(config)
+
+
+def _bwd_options(config: BwdConfig, dtype: torch.dtype) -> dict:
+    options = {"BLOCK_COLS": config.block_cols, "BLOCK_K": config.block_k}
+    options |= {"PRECISION": config.precision, "ACC": _TRITON_DTYPE[dtype]}
+    return options | _launch_options(config)
+
+
+def _launch_options(config: FwdConfig | BwdConfig) -> dict:
+    # One stage: copies in flight cost registers and shared memory, and other programs hide them.
+    options = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if config.maxnreg is not None:
+        options["maxnreg"] = config.maxnreg  # hip has no such option
+    return options
+
+
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Every default launch, for compiling ahead of time.
+
+    Rows (name, kernel, types of the pointers, constants and options), as the launchers above
+    pass them; integers are i32.
+    """
+    rows: list[tuple] = []
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    names |= {torch.float32: "fp32", torch.float64: "fp64"}
+    for dtype, name in names.items():
+        compute = torch.promote_types(dtype, torch.float32)
+        low, acc = f"*{name}", f"*{names[compute]}"
+        for n in (8, 16, 32, 64):
+            fwd = fwd_config(n, dtype, backend)
+            kernel = _cayley_fwd_kernel if fwd.num_warps == 1 else _cayley_fwd_tile_kernel
+            types = {"w_ptr": low, "d_ptr": low, "q_ptr": acc}
+            rows.append((f"cayley_fwd_{n}_{name}", kernel, types, _fwd_options(fwd, compute)))
+        for n in (16, 32, 64):
+            types = {"g_ptr": acc, "q_ptr": acc, "d_ptr": low, "dw_ptr": low}
+            options = _bwd_options(bwd_config(n, dtype, backend), compute)
+            rows.append((f"cayley_bwd_{n}_{name}", _cayley_bwd_kernel, types, options))
+    return rows

@@ -1,0 +1,56 @@
+"""Device functions on one tile, shared by the kernels of several maps."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_triu(w_ptr, stride_row, row, col, n_cols, mask, ACC: tl.constexpr):
+    """A block of triu(w, 1): w[row, col] where row < col < n_cols, else 0, as ACC."""
+    offset = row.to(tl.int64) * stride_row + col
+    return tl.load(w_ptr + offset, mask=mask & (row < col) & (col < n_cols), other=0.0).to(ACC)
+
+
+@triton.jit
+def load_skew_block(
+    w_ptr,
+    stride_row,
+    row,
+    col,
+    n_cols,
+    mask,
+    ROW0: tl.constexpr,
+    COL0: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The block of X = triu(w, 1) - triu(w, 1)^T that starts at (ROW0, COL0).
+
+    `row` is [BLOCK, 1, 1], `mask` and `w_ptr` are [1, matrices, 1], `col` is [1, 1, BLOCK].
+    """
+    x = load_triu(w_ptr, stride_row, ROW0 + row, COL0 + col, n_cols, mask, ACC)
+    if ROW0 >= COL0:
+        upper = x
+        if ROW0 > COL0:
+            # x is all masked here; it stays because the layout of a difference is that of x,
+            # which has whole columns in a thread, and a permuted block alone has not.
+            upper = load_triu(w_ptr, stride_row, COL0 + row, ROW0 + col, n_cols, mask, ACC)
+        x = x - tl.permute(upper, (2, 1, 0))
+    return x
+
+
+@triton.jit
+def take_lane(row, index, LANES: tl.constexpr):
+    """row[index], where `row` is a tuple of parts [matrices, LANES], as many as fill the row."""
+    value = tl.gather(row[0], index & (LANES - 1), 1)
+    for part in tl.static_range(1, len(row)):
+        value = tl.where(index < part * LANES, value, tl.gather(row[part], index & (LANES - 1), 1))
+    return value
+
+
+@triton.jit
+def take_uniform(row, index, LANES: tl.constexpr):
+    """The same with one shuffle; `index` must not vary within a matrix."""
+    value = row[0]
+    for part in tl.static_range(1, len(row)):
+        value = tl.where(index < part * LANES, value, row[part])
+    return tl.gather(value, index & (LANES - 1), 1)

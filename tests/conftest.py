@@ -1,0 +1,38 @@
+import os
+
+import torch
+
+# Before anything imports triton: without a GPU the kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+try:
+    import tritonparam
+except ImportError as error:
+    raise pytest.UsageError(
+        f"{error}: install the project first, for example with pip install -e '.[test]'"
+    ) from None
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state(monkeypatch):
+    """A seed, no statistics, and aliases and a path that do not outlive the test."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(tritonparam.registry, "_aliases", {})
+    monkeypatch.setattr(tritonparam.registry, "_override", None)
+    tritonparam.stats(reset=True)
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture
+def fused_path() -> str:
+    """The path of a small fused chain on this machine."""
+    return "kernel" if DEVICE == "cuda" else "closed"

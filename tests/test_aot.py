@@ -1,0 +1,59 @@
+"""Every shipped kernel configuration compiles for every target and spills nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Shared memory one program may use, CUDA C++ Programming Guide, table of technical
+# specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+# Under TRITON_INTERPRET there is nothing to compile, so another process compiles everything.
+COMPILE = """
+import json, sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from tritonparam.kernels.aot import shipped_resources
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        tables = pool.map(shipped_resources, sys.argv[1:])
+        print(json.dumps([asdict(row) for table in tables for row in table]))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-c", COMPILE, *TARGETS]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_configuration_is_compiled(rows, target):
+    names = [row["name"] for row in rows if row["target"] == target]
+    assert len(names) == len(set(names))
+    for dtype in ("bf16", "fp16", "fp32", "fp64"):
+        assert {f"cayley_fwd_{n}_{dtype}" for n in (8, 16, 32, 64)} <= set(names)
+        assert {f"cayley_bwd_{n}_{dtype}" for n in (16, 32, 64)} <= set(names)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(rows, target):
+    assert [row for row in rows if row["target"] == target and row["stack"] > 0] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_fits(rows, target):
+    limit = SHARED_LIMIT[target]
+    assert [row for row in rows if row["target"] == target and row["shared"] > limit] == []

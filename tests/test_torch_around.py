@@ -1,0 +1,202 @@
+"""torch around a fused weight: compile, export, transforms, autocast, double backward, DDP."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+import tritonparam as tp
+from tests.cases import CASES, composed, error, fused
+
+chains = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def layer_of(n: int = 5) -> nn.Module:
+    return tp.register_parametrization(nn.Linear(n, n), "weight", tp.Skew(), tp.CayleyMap())
+
+
+@chains
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_compile_fullgraph(case, backend, dtype, device, fused_path):
+    module = case.module(case.original((6, 6), 1.0, dtype).to(device))
+    original = module.parametrizations.weight.original
+
+    def loss(x):
+        return (module.weight @ x).square().sum()
+
+    x = torch.randn(6, 3, device=device).to(dtype)
+    expected = torch.autograd.grad(loss(x), original)
+    tp.stats(reset=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for _ in range(2):
+        value = compiled(x)
+        gradient = torch.autograd.grad(value, original)
+        assert torch.allclose(value, loss(x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(gradient[0], expected[0], atol=tolerance)
+    assert tp.stats()["composed"] == 0
+    assert tp.stats()[fused_path] >= 4  # compiled twice, eager twice
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), loss(x), rtol=1e-2)
+
+
+@chains
+def test_custom_operator_contract(case, device):
+    w = case.original((2, 4, 4), 1.0, torch.float32).to(device).requires_grad_()
+    d = torch.ones(2, 4, device=device)
+    torch.library.opcheck(torch.ops.tritonparam.skew_cayley.default, (w, d))
+    half = w.detach().bfloat16().requires_grad_()
+    torch.library.opcheck(torch.ops.tritonparam.skew_cayley.default, (half, d.bfloat16()))
+    args = (torch.randn_like(w), w.detach(), d, torch.bfloat16)
+    torch.library.opcheck(torch.ops.tritonparam.skew_cayley_backward.default, args)
+
+
+def test_export():
+    layer = layer_of()
+    x = torch.randn(2, 5)
+    exported = torch.export.export(layer, (x,))
+    assert torch.allclose(exported.module()(x), layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_does_not_reach_into_the_map(dtype, device):
+    layer = layer_of(16).to(device)
+    expected = layer.weight
+    g = torch.randn(16, 16, device=device)
+    original = layer.parametrizations.weight.original
+    (dw,) = torch.autograd.grad(expected, original, g)
+    for path in ("closed", "composed"):
+        with torch.autocast(device, dtype), tp.use_path(path):
+            weight = layer.weight
+            assert torch.allclose(weight, expected, atol=1e-6)
+            assert weight.dtype == torch.float32
+            if path == "closed":  # torch's own backward is not protected
+                (inside,) = torch.autograd.grad(weight, original, g)
+                assert torch.allclose(inside, dw, atol=1e-5)
+            assert layer(torch.randn(2, 16, device=device)).dtype == dtype
+
+
+@chains
+def test_create_graph_and_double_backward(case, device):
+    original = case.original((2, 5, 5), 1.0, torch.float32).to(device)
+    g = torch.randn(2, 5, 5, device=device)
+    module = case.module(original)
+    results = []
+    for path, dtype in (("composed", torch.float64), ("closed", torch.float32)):
+        w = module.to(dtype).parametrizations.weight.original
+        with tp.use_path(path):
+            (dw,) = torch.autograd.grad((module.weight * g).sum(), w, create_graph=True)
+        results.append(torch.autograd.grad(dw.square().sum(), w)[0])
+    assert error(results[1], results[0]) <= 1e-5
+
+
+def test_functional_transforms_fall_back():
+    layer = layer_of()
+    x = torch.randn(3, 5)
+    state = {k: v.detach() for k, v in layer.state_dict().items()}
+
+    def loss(state):
+        return torch.func.functional_call(layer, state, (x,)).square().sum()
+
+    tp.stats(reset=True)
+    loss(state)
+    assert tp.stats()["closed"] == 1
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.parametrizations.weight.original)
+    gradient = torch.func.grad(loss)(state)["parametrizations.weight.original"]
+    assert torch.allclose(gradient, expected[0], atol=1e-5)
+    name = "parametrizations.weight.original"
+
+    def of_original(original):
+        return loss({**state, name: original})
+
+    tangent = torch.randn(5, 5)
+    _, forward = torch.func.jvp(of_original, (state[name],), (tangent,))
+    assert torch.allclose(forward, (gradient * tangent).sum(), rtol=1e-4)
+    many = torch.stack([state[name], state[name] + 1])
+    values = torch.func.vmap(of_original)(many)
+    assert torch.allclose(values, torch.stack([of_original(m) for m in many]), rtol=1e-4)
+    assert tp.stats()["composed"] == 3
+    with torch.autograd.forward_ad.dual_level():
+        row = tp.explain(layer)[0]
+    assert (row.path, row.reason) == ("composed", "forward-mode differentiation is active")
+
+
+def test_meta_device_then_load():
+    with torch.device("meta"):
+        layer = layer_of()
+    assert layer.weight.is_meta
+    source = layer_of()
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(layer.weight, source.weight)
+    layer.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(layer.weight, source.weight)
+
+
+def test_averaged_model():
+    layer = layer_of()
+    layer(torch.ones(1, 5)).sum().backward()
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    averaged.update_parameters(layer)
+    assert torch.allclose(averaged.module.weight, layer.weight)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _ddp_worker(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), layer_of(4), nn.Linear(4, 4))
+    ddp = nn.parallel.DistributedDataParallel(model)
+    x = torch.full((1, 4), float(rank + 1))
+    seen = []
+
+    def step():
+        ddp.zero_grad()
+        ddp(x).square().sum().backward()
+        seen.append([p.grad.clone() for p in model.parameters()])
+
+    step()
+    tp.register_parametrization(model[0], "weight", tp.Skew(), tp.CayleyMap())
+    step()
+    model[1].weight = torch.linalg.qr(torch.arange(16.0).reshape(4, 4).cos())[0]
+    step()
+    tp.remove_parametrizations(model[1], "weight")
+    step()
+    assert tp.stats()["closed"] > 0
+    results[rank] = [[g.tolist() for g in gradients] for gradients in seen]
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_stays_in_sync_after_registration_assignment_and_removal():
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_ddp_worker, (_free_port(), results), nprocs=2)
+        assert results[0] == results[1]
+        assert len(results[0]) == 4
+
+
+def test_writing_to_a_weight_before_its_backward_is_torchs_error(device):
+    case = CASES[0]
+    original = case.original((3, 5, 5), 1.0, torch.float32).to(device)
+    g = torch.randn(3, 5, 5, device=device)
+    module = case.module(original)
+    y, dw = fused(module, g, "closed")
+    y64, dw64 = composed(case, original.double(), g.double())
+    assert max(error(y, y64), error(dw, dw64)) <= 1e-6
+    weight = module.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        weight.sum().backward()

@@ -1,0 +1,24 @@
+"""Makes a constrained weight cost what an unconstrained one costs in PyTorch."""
+
+from torch.nn.utils.parametrize import ParametrizationList as ParametrizationList
+from torch.nn.utils.parametrize import is_parametrized as is_parametrized
+from torch.nn.utils.parametrize import (
+    transfer_parametrizations_and_params as transfer_parametrizations_and_params,
+)
+from torch.nn.utils.parametrize import type_before_parametrizations as type_before_parametrizations
+
+from tritonparam.cache import cached as cached
+from tritonparam.explain import explain as explain
+from tritonparam.fuse import fuse as fuse
+from tritonparam.fuse import unfuse as unfuse
+from tritonparam.links import CayleyMap as CayleyMap
+from tritonparam.links import MatrixExponential as MatrixExponential
+from tritonparam.links import NoPreimage as NoPreimage
+from tritonparam.links import Pruning as Pruning
+from tritonparam.links import Skew as Skew
+from tritonparam.links import Symmetric as Symmetric
+from tritonparam.register import register_parametrization as register_parametrization
+from tritonparam.register import remove_parametrizations as remove_parametrizations
+from tritonparam.registry import alias as alias
+from tritonparam.registry import stats as stats
+from tritonparam.registry import use_path as use_path

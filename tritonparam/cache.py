@@ -1,0 +1,86 @@
+"""``cached()``: every fused weight once inside a block, and never a stale one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tritonparam import registry
+
+
+class _Reads(threading.local):
+    """The weights read inside ``cached()`` in this thread, or None outside."""
+
+    weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
+
+
+_reads = _Reads()
+
+
+@contextmanager
+def cached() -> Iterator[None]:
+    """Evaluate every fused weight that is read in this block, and this thread, only once.
+
+    A weight is evaluated again where its value could have changed: an optimizer step, an
+    assignment, a load, a change of training, gradient or autocast mode. Writes through ``.data``
+    cannot be seen. The values are dropped at the end of the outermost block.
+
+    >>> import tritonparam as tp
+    >>> layer = tp.register_parametrization(nn.Linear(3, 3), "weight", tp.Skew(), tp.CayleyMap())
+    >>> with cached():
+    ...     layer.weight is layer.weight
+    True
+    """
+    if _reads.weights is not None:
+        yield
+        return
+    weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] = WeakKeyDictionary()
+    _reads.weights = weights
+    # Fused optimizers do not raise the version of what they update.
+    handle = register_optimizer_step_post_hook(lambda *_: weights.clear())
+    try:
+        yield
+    finally:
+        _reads.weights = None
+        handle.remove()
+
+
+def read(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
+    """The weight of a list: ``evaluate()``, or what it gave last in this ``cached()`` block."""
+    weights = _reads.weights
+    if weights is None or torch.compiler.is_compiling():
+        return evaluate()
+    if torch._C._are_functorch_transforms_active():
+        return evaluate()
+    key, weight = weights.get(plist, (None, None))
+    if weight is None or key != _key(plist):
+        weight = evaluate()
+        weights[plist] = (_key(plist), weight)  # links may have written to their buffers
+    return weight
+
+
+def _key(plist: nn.Module) -> Hashable:
+    """All that can change the value of a list, or what autograd makes of it."""
+    modes = (
+        registry.override(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+    )
+    links = tuple((id(m), m.training) for m in plist.modules())
+    tensors = (x for ts in (plist.parameters(), plist.buffers()) for x in ts)
+    return modes, links, tuple(map(_tensor_key, tensors))
+
+
+def _tensor_key(x: Tensor) -> Hashable:
+    if x.is_inference():
+        return object()  # it has no version: equal to nothing, so that nothing is reused
+    where = None if x.is_meta else x.data_ptr()
+    return id(x), where, x._version, x.dtype, x.shape, x.requires_grad

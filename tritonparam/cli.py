@@ -1,0 +1,98 @@
+"""The command line, ``tritonparam`` or ``python -m tritonparam``: it reads options and calls.
+
+What a command runs is imported inside it, so that help and bad options are answered at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    import typer.core
+except ModuleNotFoundError:
+    typer = None  # type: ignore[assignment]
+
+
+class Map(str, enum.Enum):
+    """The maps that make a skew matrix orthogonal."""
+
+    cayley = "cayley"
+    exp = "exp"
+
+
+def main() -> None:
+    """Run the command line; without typer, say in one sentence how to get it and exit with 1."""
+    if typer is None:
+        sys.exit("tritonparam: the command line needs typer; pip install 'tritonparam[demo]'")
+    application()()
+
+
+def application() -> typer.Typer:
+    """The commands, for ``main`` and for tests."""
+
+    class Commands(typer.core.TyperGroup):
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            known = self.list_commands(ctx)
+            if args[0] not in known:
+                ctx.fail(f"the command must be one of {', '.join(known)}, got {args[0]!r}.")
+            return super().resolve_command(ctx, args)
+
+    app = typer.Typer(
+        cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False
+    )
+    demo = typer.Typer(
+        cls=Commands, rich_markup_mode=None, help="Train something small, composed and fused."
+    )
+    app.callback(invoke_without_command=True)(help_when_alone)
+    demo.callback(invoke_without_command=True)(help_when_alone)
+    demo.command("rnn")(demo_rnn)
+    app.add_typer(demo, name="demo")
+    return app
+
+
+def help_when_alone(context: typer.Context) -> None:
+    """Constrained weights in PyTorch at the cost of unconstrained ones."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def demo_rnn(
+    orthogonal_map: Annotated[
+        Map, typer.Option("--map", help="How the skew matrix becomes an orthogonal one.")
+    ] = Map.cayley,
+    hidden: Annotated[int, typer.Option(help="The size of the recurrent weight.")] = 128,
+    steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.")] = 200,
+    batch: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.01,
+    device: Annotated[
+        str | None, typer.Option(help="Where to train.  [default: cuda where there is one, or cpu]")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
+    output: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("demo_rnn.png"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only print the last lines.")] = False,
+) -> None:
+    """Read handwritten digits pixel by pixel with an orthogonal RNN, composed and fused."""
+    from tritonparam.demos import rnn
+
+    try:
+        rnn.run(
+            orthogonal_map=orthogonal_map.value,
+            hidden=hidden,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            device=device,
+            threads=threads,
+            seed=seed,
+            output=output,
+            quiet=quiet,
+        )
+    except rnn.BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    except rnn.MissingPackage as error:
+        sys.exit(f"tritonparam: {error}")

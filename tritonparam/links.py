@@ -1,0 +1,350 @@
+"""The links that chains are made of, in plain torch: what every fused path must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonparam import logm
+from tritonparam.numerics import as_batch, compute_dtype, identity_like, inv_t, no_autocast, solve
+
+
+class NoPreimage(ValueError, NotImplementedError):
+    """The assigned value is not in the image of the parametrization.
+
+    It is a ``NotImplementedError`` so that ``register_parametrization`` keeps the tensor's own
+    values as the original, and a ``ValueError`` so that assignment fails as users expect.
+    """
+
+
+def _require_square(who: str, x: Tensor) -> None:
+    if x.dim() < 2 or x.size(-1) != x.size(-2):
+        raise ValueError(
+            f"{who}: the tensor must have shape [..., n, n], got {list(x.shape)}; "
+            "only square matrices, or batches of them, have this structure."
+        )
+
+
+def _require_float(who: str, x: Tensor) -> None:
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"{who}: the tensor must have a floating-point dtype, got {x.dtype}; "
+            "convert it first, for example with .float()."
+        )
+
+
+def _require_finite(who: str, x: Tensor) -> None:
+    if x.is_meta:
+        raise NoPreimage(f"{who}: the assigned value is on the meta device and has no entries.")
+    if not bool(torch.isfinite(x).all()):
+        raise NoPreimage(
+            f"{who}: the assigned value must be finite, got NaN or infinite entries; "
+            "assign a finite tensor."
+        )
+
+
+def _tolerance(x: Tensor) -> float:
+    """How far x may be from its manifold, relative to its size, by rounding alone.
+
+    Rounding the entries of an orthogonal matrix moves those of QᵀQ by at most eps
+    (Cauchy-Schwarz). 16-bit matrices are only ever rounded; fp32 and fp64 ones have been
+    computed in that precision, which 100·√n·eps has room for.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        return 0.0
+    eps = torch.finfo(x.dtype).eps
+    if compute_dtype(x.dtype) != x.dtype:
+        return 2 * eps
+    return 100 * max(x.size(-1), 1) ** 0.5 * eps
+
+
+def _max_abs(x: Tensor) -> Tensor:
+    """The largest absolute entry of each matrix of a batch, shape [...]; 0 for 0×0."""
+    return x.abs().flatten(-2).amax(-1) if x.numel() else x.new_zeros(x.shape[:-2]).abs()
+
+
+def _off_manifold(defect: Tensor, size: Tensor, x: Tensor) -> float | None:
+    """The largest relative defect of the batch x where it exceeds rounding, else None."""
+    relative = torch.where(defect > 0, defect.double() / size.double(), 0.0).detach()
+    worst = float(relative.max()) if relative.numel() else 0.0
+    return worst if worst > _tolerance(x) else None
+
+
+class Symmetric(nn.Module):
+    """The symmetric matrix whose upper triangle is that of X: ``triu(X) + triu(X, 1)ᵀ``.
+
+    X has shape [..., n, n] and any dtype; the result has the same.
+
+    >>> Symmetric()(torch.tensor([[1., 2.], [0., 3.]]))
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any square matrix to a symmetric one."""
+        _require_square("Symmetric", x)
+        return x.triu() + x.triu(1).mT
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        """The upper triangle of a symmetric matrix; raises NoPreimage if `a` is not symmetric."""
+        _require_square("Symmetric", a)
+        _require_finite("Symmetric", a)
+        off = _off_manifold(_max_abs(a - a.mT), _max_abs(a), a)
+        if off is not None:
+            raise NoPreimage(
+                "Symmetric: the assigned matrix must equal its transpose, got "
+                f"max|A - Aᵀ| = {off:.1e} max|A|; assign (A + A.mT) / 2."
+            )
+        return a.triu()
+
+
+class Skew(nn.Module):
+    """The skew-symmetric matrix whose upper triangle is that of X: ``triu(X, 1) - triu(X, 1)ᵀ``.
+
+    X has shape [..., n, n] and any dtype; the result has the same.
+
+    >>> Skew()(torch.tensor([[1., 2.], [0., 3.]]))
+    tensor([[ 0.,  2.],
+            [-2.,  0.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any square matrix to a skew-symmetric one."""
+        _require_square("Skew", x)
+        upper = x.triu(1)
+        return upper - upper.mT
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        """The strict upper triangle of a skew matrix; raises NoPreimage if `a` is not skew."""
+        _require_square("Skew", a)
+        _require_finite("Skew", a)
+        off = _off_manifold(_max_abs(a + a.mT), _max_abs(a), a)
+        if off is not None:
+            raise NoPreimage(
+                "Skew: the assigned matrix must equal minus its transpose, got "
+                f"max|A + Aᵀ| = {off:.1e} max|A|; assign (A - A.mT) / 2."
+            )
+        return a.triu(1)
+
+
+def _orthogonality_defect(q: Tensor) -> Tensor:
+    """max|QᵀQ - I| of each matrix."""
+    return _max_abs(q.mT @ q - identity_like(q))
+
+
+class CayleyMap(nn.Module):
+    """The Cayley map of a skew matrix, an orthogonal one: ``(I + X)(I - X)⁻¹ diag(d)``.
+
+    The signs d are the persistent buffer `signature`, shape ``X.shape[:-1]``: ones, unless an
+    assigned matrix has an eigenvalue -1, which no Cayley map without signs reaches. They are
+    not trained, so that the determinant keeps its sign. X has shape [..., n, n] and a
+    floating-point or complex dtype; fp16 and bf16 are computed in fp32.
+
+    Arguments:
+        n: the size of the matrices; without it the map takes the size of the first tensor that
+            it is shown, which registration does.
+
+    >>> w = CayleyMap()(torch.tensor([[0., 1.], [-1., 0.]]))
+    >>> torch.allclose(w, torch.tensor([[0., 1.], [-1., 0.]]))
+    True
+    """
+
+    signature: Tensor | None
+
+    def __init__(self, n: int | None = None) -> None:
+        super().__init__()
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
+            raise ValueError(f"CayleyMap: n must be a non-negative integer or None, got {n!r}.")
+        self.register_buffer("signature", None if n is None else torch.ones(n))
+
+    def materialize(self, like: Tensor) -> Tensor:
+        """The signature for a tensor of shape [..., n, n], created or expanded where needed."""
+        d = self.signature
+        if d is None:
+            self.signature = d = torch.ones(like.shape[:-1], dtype=like.dtype, device=like.device)
+        elif d.shape != like.shape[:-1]:
+            if d.shape != like.shape[-1:]:
+                raise ValueError(
+                    f"CayleyMap: the tensor must have shape {[*d.shape, d.size(-1)]} as its "
+                    f"signature was made for, got {list(like.shape)}; use a new CayleyMap()."
+                )
+            self.signature = d = d.to(like).expand(like.shape[:-1]).contiguous()
+        elif d.device != like.device or d.dtype != like.dtype:
+            self.signature = d = d.to(like)
+        return d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a skew matrix to an orthogonal one."""
+        _require_square("CayleyMap", x)
+        _require_float("CayleyMap", x)
+        d = self.materialize(x)
+        with no_autocast(x):
+            y = x.to(compute_dtype(x.dtype))
+            eye = identity_like(y)
+            q = solve(eye - y, eye + y) * d.unsqueeze(-2)
+        return q.to(x.dtype)
+
+    def right_inverse(self, q: Tensor) -> Tensor:
+        """The skew matrix of an orthogonal one, of either determinant.
+
+        Computed in fp64. The signs stay one where max|2(I + Q)⁻¹| < 1/√eps, and are chosen
+        otherwise so that every pivot of an unpivoted LU of I + Q diag(d) is at least one.
+        Raises NoPreimage if `q` is not orthogonal.
+        """
+        _require_square("CayleyMap", q)
+        _require_float("CayleyMap", q)
+        if q.is_complex():
+            raise NoPreimage("CayleyMap: only real matrices can be assigned, got a complex one.")
+        _require_finite("CayleyMap", q)
+        q64 = q.detach().to(torch.float64)
+        ones = torch.ones(q.shape[:-1], dtype=q64.dtype, device=q.device)
+        off = _off_manifold(_orthogonality_defect(q64), torch.ones(()), q)
+        if off is not None:
+            raise NoPreimage(
+                "CayleyMap: the assigned matrix must be orthogonal, got "
+                f"max|QᵀQ - I| = {off:.1e}; project it first, for example with torch.linalg.qr."
+            )
+        limit = torch.finfo(q.dtype).eps ** -0.5
+        plain = _max_abs(_twice_inverse(q64, ones)) < limit
+        d = torch.where(plain.unsqueeze(-1), ones, _signs(q64))
+        x = identity_like(q64) - _twice_inverse(q64, d)
+        x = ((x - x.mT) / 2).to(q.dtype)
+        self.materialize(q).copy_(d)
+        return x
+
+    def default_state(self) -> dict[str, Tensor]:
+        """The state of a bare Cayley map, which has no signs: all ones."""
+        return {} if self.signature is None else {"signature": torch.ones_like(self.signature)}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # `Id` is the buffer of the map in PyTorch's tutorial, and a map without a signature is
+        # not short of anything.
+        state_dict.pop(prefix + "Id", None)
+        key = prefix + "signature"
+        if key in state_dict and self.signature is None:
+            self.signature = torch.ones_like(state_dict[key])
+        elif key not in state_dict and self.signature is not None:
+            state_dict[key] = self.signature
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _twice_inverse(q: Tensor, d: Tensor) -> Tensor:
+    """2(I + Q diag(d))⁻¹, with infinity where singular."""
+    inverse_t, info = inv_t(identity_like(q) + q * d.unsqueeze(-2))
+    return torch.where((info == 0)[..., None, None], 2 * inverse_t.mT, torch.inf)
+
+
+def _signs(q: Tensor) -> Tensor:
+    """d = ±1 such that an unpivoted LU of I + Q diag(d) has pivots 1 + |s_k| >= 1."""
+    s = q.clone()
+    d = torch.ones(q.shape[:-1], dtype=q.dtype, device=q.device)
+    for k in range(q.size(-1)):
+        d[..., k] = torch.where(s[..., k, k] < 0, -1.0, 1.0)
+        pivot = 1 + s[..., k, k].abs()
+        column = s[..., k + 1 :, k] * (d[..., k] / pivot).unsqueeze(-1)
+        s[..., k + 1 :, k + 1 :] -= column.unsqueeze(-1) * s[..., k, k + 1 :].unsqueeze(-2)
+    return d
+
+
+class MatrixExponential(nn.Module):
+    """The matrix exponential ``exp(X)``: orthogonal for skew X, positive definite for symmetric X.
+
+    X has shape [..., n, n] and a floating-point or complex dtype; fp16 and bf16 are computed in
+    fp32. The right inverse is the principal logarithm.
+
+    >>> MatrixExponential()(torch.zeros(2, 2))
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any square matrix to its exponential."""
+        _require_square("MatrixExponential", x)
+        _require_float("MatrixExponential", x)
+        with no_autocast(x):
+            y = as_batch(x.to(compute_dtype(x.dtype)))
+            if y.size(0) == 1:
+                # torch takes a lone matrix through a wrong coefficient (pytorch #196592); beside
+                # a zero matrix, which costs no product, it takes the right ones.
+                e = torch.matrix_exp(torch.cat((y, torch.zeros_like(y))))[:1]
+            else:
+                e = torch.matrix_exp(y)
+        return e.reshape(x.shape).to(x.dtype)
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        """The principal logarithm, computed in fp64.
+
+        Exactly skew for an orthogonal matrix and exactly symmetric for a symmetric one. Raises
+        NoPreimage where no real principal logarithm exists: an eigenvalue that is zero or
+        negative.
+        """
+        _require_square("MatrixExponential", a)
+        _require_float("MatrixExponential", a)
+        if a.is_complex():
+            raise NoPreimage(
+                "MatrixExponential: only real matrices can be assigned, got a complex one."
+            )
+        _require_finite("MatrixExponential", a)
+        flat = as_batch(a.detach().double())
+        tolerance, eps = _tolerance(a), torch.finfo(a.dtype).eps
+        asymmetry = _max_abs(flat - flat.mT) / _max_abs(flat)
+        defect = _orthogonality_defect(flat)
+        logs = torch.zeros_like(flat)
+        try:
+            for i, ai in enumerate(flat):
+                if asymmetry[i] <= min(tolerance, float(defect[i])):
+                    logs[i] = logm.symmetric(ai)
+                elif defect[i] <= tolerance:
+                    logs[i] = logm.orthogonal(ai, eps)
+                else:
+                    logs[i] = logm.general(ai, tolerance)
+        except ValueError as error:
+            raise NoPreimage(
+                f"MatrixExponential: the assigned matrix must have a real principal logarithm, got "
+                f"{error}; assign a matrix without zero or negative real eigenvalues."
+            ) from None
+        return logs.reshape(a.shape).to(a.dtype)
+
+
+class Pruning(nn.Module):
+    """Keeps the entries of X where the mask is one: ``X * mask``.
+
+    Assignment takes any finite tensor and keeps its unmasked entries, as in PyTorch's tutorial.
+
+    Arguments:
+        mask: a tensor that broadcasts to X's shape, of ones and zeros.
+
+    >>> Pruning(torch.tensor([1., 0.]))(torch.tensor([5., 6.]))
+    tensor([5., 0.])
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        if not isinstance(mask, Tensor):
+            raise TypeError(
+                f"Pruning: mask must be a tensor, got {type(mask).__name__}; "
+                "Pruning.random(like, p_drop) draws one."
+            )
+        self.register_buffer("mask", mask.detach().clone())
+
+    @classmethod
+    def random(cls, like: Tensor, p_drop: float = 0.2) -> Pruning:
+        """A mask of the shape, dtype and device of `like`, each entry zero with p_drop."""
+        if not 0 <= p_drop <= 1:
+            raise ValueError(f"Pruning.random: p_drop must be between 0 and 1, got {p_drop}.")
+        return cls(torch.bernoulli(torch.full_like(like, 1.0 - p_drop, requires_grad=False)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Set the masked entries to zero."""
+        return x * self.mask
+
+    def right_inverse(self, a: Tensor) -> Tensor:
+        """A copy of the assigned tensor."""
+        _require_finite("Pruning", a)
+        return a.clone()
