@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from tritonparam.kernels.aot import shipped_resources
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         tables = pool.map(shipped_resources, sys.argv[1:])
         print(json.dumps([asdict(row) for table in tables for row in table]))
 """

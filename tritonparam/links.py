@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonparam import logm
-from tritonparam.numerics import as_batch, compute_dtype, identity_like, inv_t, no_autocast, solve
+from tritonparam.numerics import as_batch, compute_dtype, identity_like, inv_ex, no_autocast, solve
 
 
 class NoPreimage(ValueError, NotImplementedError):
@@ -234,8 +234,8 @@ class CayleyMap(nn.Module):
 
 def _twice_inverse(q: Tensor, d: Tensor) -> Tensor:
     """2(I + Q diag(d))⁻¹, with infinity where singular."""
-    inverse_t, info = inv_t(identity_like(q) + q * d.unsqueeze(-2))
-    return torch.where((info == 0)[..., None, None], 2 * inverse_t.mT, torch.inf)
+    inverse, info = inv_ex(identity_like(q) + q * d.unsqueeze(-2))
+    return torch.where((info == 0)[..., None, None], 2 * inverse, torch.inf)
 
 
 def _signs(q: Tensor) -> Tensor:

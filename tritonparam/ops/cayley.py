@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonparam import registry
-from tritonparam.numerics import compute_dtype, inv_t, no_autocast
+from tritonparam.numerics import compute_dtype, inverse_definite, no_autocast
 
 _KERNEL_MAX_N = 64
 _kernels: ModuleType | None = None
@@ -37,13 +37,13 @@ def _backend(x: Tensor) -> str:
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
-    # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹ = ((I + X)ᵀ)⁻¹.
+    # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹.
     upper = w.to(compute_dtype(w.dtype)).triu(1)
-    a = upper - upper.mT
+    a = upper.mT - upper
     a.diagonal(dim1=-2, dim2=-1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
     nan = upper.sum((-2, -1), keepdim=True) * 0
-    q = inv_t(a)[0] * torch.add(nan, d.unsqueeze(-2), alpha=2)
+    q = inverse_definite(a) * torch.add(nan, d.unsqueeze(-2), alpha=2)
     q.diagonal(dim1=-2, dim2=-1).sub_(d)
     return q
 
