@@ -28,10 +28,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parents[1]
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout
+
+
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return run.stdout.strip() or None
+    """The commit, marked where anything but the results themselves differs from it."""
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    head = _git("rev-parse", "--short", "HEAD").strip()
+    return head + ("-dirty" if changed else "") if head else None
 
 
 def describe(kind: str) -> dict[str, Any]:

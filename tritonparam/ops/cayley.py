@@ -50,10 +50,10 @@ def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
 
 def _closed_bwd(g: Tensor, q: Tensor, d: Tensor) -> Tensor:
     # dW = triu(Z - Zᵀ, 1) / 2 with Z = 4 Mᵀ G D Mᵀ, and 2M = (Q + D) D. Differentiable.
-    d = d.to(q.dtype)
-    e = q + torch.diag_embed(d)
-    z = d.unsqueeze(-1) * (e.mT @ (g @ e.mT))
-    return (z - z.mT).triu(1) / 2
+    e = q.clone()
+    e.diagonal(dim1=-2, dim2=-1).add_(d)
+    z = (d.to(q.dtype) / 2).unsqueeze(-1) * (e.mT @ (g @ e.mT))
+    return (z - z.mT).triu(1)
 
 
 def _forward(w: Tensor, d: Tensor) -> Tensor:
