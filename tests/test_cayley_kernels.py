@@ -6,44 +6,12 @@ from torch.linalg import matrix_norm
 
 pytest.importorskip("triton")
 
+from tests.spectra import SPECTRA, gaussian, log_spread, low_rank, with_norm, zero_diagonal_blocks
 from tritonparam.kernels.cayley import bwd_config, cayley_bwd, cayley_fwd, fwd_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = (1, 2, 3, 5, 8, 13, 17, 29, 32, 33, 48, 60, 64)
 NORMS = (0.1, 1.0, 10.0, 100.0, 1000.0)
-
-
-def gaussian(n):
-    return torch.randn(n, n, dtype=torch.float64)
-
-
-def zero_diagonal_blocks(n):
-    x = gaussian(n)
-    half = (n + 1) // 2
-    x[:half, :half] = 0
-    x[half:, half:] = 0
-    return x
-
-
-def low_rank(n):
-    return torch.outer(*torch.randn(2, n, dtype=torch.float64))
-
-
-def log_spread(n):
-    angles = torch.zeros(n, n, dtype=torch.float64)
-    for i in range(n // 2):
-        angles[2 * i, 2 * i + 1] = 10.0 ** (-3 * i / max(1, n // 2 - 1))
-    basis = torch.linalg.qr(gaussian(n)).Q
-    return basis @ angles @ basis.mT
-
-
-SPECTRA = (gaussian, zero_diagonal_blocks, low_rank, log_spread)
-
-
-def with_norm(x, norm):
-    """The w whose X = triu(w, 1) - triu(w, 1)^T is the skew part of x scaled to this norm."""
-    x = x - x.mT
-    return (x * (norm / matrix_norm(x, 2).clamp_min(1e-300))).triu(1)
 
 
 def signs(*shape):
@@ -120,21 +88,21 @@ if DEVICE == "cpu":  # the interpreter takes up to a second per matrix, and five
 @pytest.mark.parametrize(("n", "norm", "spectrum"), CASES)
 def test_as_exact_as_the_pivoted_solve(n, norm, spectrum):
     batch = 4 if n <= 8 else 2 if n <= 16 else 1
-    w = torch.stack([with_norm(spectrum(n), norm) for _ in range(batch)]).float()
+    w = torch.stack([with_norm(spectrum(n), norm).triu(1) for _ in range(batch)]).float()
     check(w, signs(batch, n).float(), torch.randn(batch, n, n))
 
 
 @pytest.mark.parametrize("norm", [0.1, 10.0, 1000.0])
 @pytest.mark.parametrize("n", [1, 5, 17, 33])
 def test_fp64_stays_fp64(n, norm):
-    w = torch.stack([with_norm(spectrum(n), norm) for spectrum in SPECTRA])
+    w = torch.stack([with_norm(spectrum(n), norm).triu(1) for spectrum in SPECTRA])
     check(w, signs(4, n), torch.randn(4, n, n, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [3, 17])
 def test_low_precision_is_computed_in_fp32(n, dtype):
-    w = torch.stack([with_norm(gaussian(n), norm) for norm in (0.1, 1.0, 10.0)]).to(dtype)
+    w = torch.stack([with_norm(gaussian(n), norm).triu(1) for norm in (0.1, 1.0, 10.0)]).to(dtype)
     check(w, signs(3, n).to(dtype), torch.randn(3, n, n))
 
 

@@ -6,43 +6,11 @@ import pytest
 import torch
 
 from tests.cases import errors
+from tests.spectra import SPECTRA, gaussian, with_norm, zero_diagonal_blocks
 from tritonparam import numerics
 
 
-def spectrum(n: int, values: torch.Tensor) -> torch.Tensor:
-    """A skew matrix with these rotation rates, [n // 2]."""
-    x = torch.zeros(n, n, dtype=torch.float64)
-    i = 2 * torch.arange(n // 2)
-    x[i, i + 1], x[i + 1, i] = values, -values
-    q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0]
-    return q @ x @ q.mT
-
-
-def gaussian(n: int) -> torch.Tensor:
-    x = torch.randn(n, n, dtype=torch.float64)
-    return x - x.mT
-
-
-def zero_diagonal_blocks(n: int) -> torch.Tensor:
-    x = gaussian(n)
-    k = n // 2
-    x[:k, :k] = x[k:, k:] = 0
-    return x
-
-
-def low_rank(n: int) -> torch.Tensor:
-    u, v = torch.randn(2, n, 2, dtype=torch.float64)
-    return u @ v.mT - v @ u.mT
-
-
-def log_spread(n: int) -> torch.Tensor:
-    return spectrum(n, torch.logspace(-6, 0, n // 2, dtype=torch.float64))
-
-
-KINDS = (gaussian, zero_diagonal_blocks, low_rank, log_spread)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", SPECTRA, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     "shape", [(32, 48, 48), (40, 57, 57), (32, 65, 65), (1, 385, 385), (1, 512, 512)]
 )
@@ -50,8 +18,7 @@ KINDS = (gaussian, zero_diagonal_blocks, low_rank, log_spread)
 def test_inverse_is_as_exact_as_a_pivoted_solve(kind, shape, norm):
     n = shape[-1]
     assert numerics._leaf(torch.empty(shape)) is not None
-    x = torch.stack([kind(n) for _ in range(shape[0])])
-    x *= norm / torch.linalg.matrix_norm(x, 2)[:, None, None]
+    x = torch.stack([with_norm(kind(n), norm) for _ in range(shape[0])])
     a = (torch.eye(n) - x).float()
     ours = 2 * numerics.inverse_definite(a) - torch.eye(n)
     exact = torch.stack([2 * torch.linalg.inv(ai) - torch.eye(n) for ai in a.double()])
@@ -64,8 +31,7 @@ def test_each_way_is_taken(monkeypatch):
     calls = []
     lapack, block = numerics._lapack_inverse, numerics._block_inverse
     monkeypatch.setattr(numerics, "_lapack_inverse", lambda a: calls.append(len(a)) or lapack(a))
-    x = zero_diagonal_blocks(400).float()
-    x /= torch.linalg.matrix_norm(x, 2)
+    x = with_norm(zero_diagonal_blocks(400), 1.0).float()
     eye = torch.eye(400)
     assert torch.equal(numerics.inverse_definite(eye - x), block(eye - x, 64))
     assert max(calls) <= 64
@@ -83,7 +49,7 @@ def test_large_batches_on_several_threads(n, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(max(before, 2))
     try:
-        x = torch.stack([gaussian(n) / n**0.5 for _ in range(4)])
+        x = torch.stack([with_norm(gaussian(n), 2.0) for _ in range(4)])
         a = (torch.eye(n) - x).to(dtype)
         single = torch.stack([torch.linalg.inv(ai) for ai in a.double()])
         eps = torch.finfo(dtype).eps
