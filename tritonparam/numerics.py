@@ -64,7 +64,7 @@ def inverse_definite(a: Tensor) -> Tensor:
     squares it, or LAPACK after all.
     """
     leaf = _leaf(a)
-    if a.device.type != "cpu" or leaf is None:
+    if leaf is None:
         return _lapack_inverse(a)
     m = _block_inverse(a, leaf)
     residual = _residual(a, m)
@@ -76,11 +76,11 @@ def inverse_definite(a: Tensor) -> Tensor:
 
 
 def _leaf(a: Tensor) -> int | None:
-    """The size of block that LAPACK inverts, where blocks are faster on 1 and 2 threads."""
+    """The size of block that LAPACK inverts, or None where blocks gain nothing (1, 2 threads)."""
     n = a.size(-1)
-    if a.numel() >= 32 * n * n and n >= 48:
-        return 16
-    return 64 if n >= 384 and a.numel() > 0 else None
+    if n < 48 or a.device.type != "cpu" or a.numel() == 0:
+        return None
+    return 16 if a.numel() >= 32 * n * n else 64 if n >= 384 else None
 
 
 def _lapack_inverse(a: Tensor) -> Tensor:

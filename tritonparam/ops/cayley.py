@@ -140,4 +140,6 @@ def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _skew_cayley_op(w, signature).to(w.dtype)
+    if not (w.requires_grad and torch.is_grad_enabled()):
+        return _forward(w, signature).to(w.dtype)
     return SkewCayleyFunction.apply(w, signature).to(w.dtype)
