@@ -21,6 +21,7 @@ def test_inverse_is_as_exact_as_a_pivoted_solve(kind, shape, norm):
     x = torch.stack([with_norm(kind(n), norm) for _ in range(shape[0])])
     a = (torch.eye(n) - x).float()
     ours = 2 * numerics.inverse_definite(a) - torch.eye(n)
+    assert ours.is_contiguous()
     exact = torch.stack([2 * torch.linalg.inv(ai) - torch.eye(n) for ai in a.double()])
     solved = torch.stack([torch.linalg.solve(ai, 2 * torch.eye(n) - ai) for ai in a])
     baseline = float(errors(solved, exact).max())

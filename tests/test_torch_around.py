@@ -51,6 +51,13 @@ def test_custom_operator_contract(case, device):
     torch.library.opcheck(torch.ops.tritonparam.skew_cayley.default, (w, d))
     half = w.detach().bfloat16().requires_grad_()
     torch.library.opcheck(torch.ops.tritonparam.skew_cayley.default, (half, d.bfloat16()))
+    for shape in ((3, 160, 160), (33, 48, 48), (400, 400)):  # every algorithm of the closed form
+        large = case.original(shape, 1.0, torch.float32).to(device)
+        ones = torch.ones(shape[:-1], device=device)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(
+            torch.ops.tritonparam.skew_cayley.default, (large, ones), test_utils=tests
+        )
     args = (torch.randn_like(w), w.detach(), d, torch.bfloat16)
     torch.library.opcheck(torch.ops.tritonparam.skew_cayley_backward.default, args)
 

@@ -33,18 +33,14 @@ class FusedParametrizationList(ParametrizationList):
     def _evaluate(self) -> Tensor:
         rule, _ = self.decide()
         if rule is not None:
-            return rule.op(tuple(self._modules.values()), *self.originals())
+            return rule.op(tuple(self._modules.values()), *originals(self))
         if not torch.compiler.is_compiling():
             registry.count("composed")
         return super().forward()
 
     def decide(self) -> tuple[Rule | None, str]:
         """The rule that evaluates the chain as it is now, or None and the reason."""
-        return registry.lookup(RULES, tuple(self._modules.values()), self.originals())
-
-    def originals(self) -> tuple[Tensor, ...]:
-        """The originals, in the order in which the first link takes them."""
-        return originals(self)
+        return registry.lookup(RULES, tuple(self._modules.values()), originals(self))
 
     def right_inverse(self, value: Tensor) -> None:
         """Assign: torch's own method, all or nothing, with the originals written in place.

@@ -48,15 +48,16 @@ def solve(a: Tensor, b: Tensor) -> Tensor:
 
 
 def inv_ex(a: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.inv_ex(a)``: inverse and LAPACK's info, right on large batches."""
+    """``torch.linalg.inv_ex(a)``, right on large batches: the inverse, by columns, and info."""
     if not _one_by_one(a):
         return torch.linalg.inv_ex(a)
     inverses, infos = zip(*[torch.linalg.inv_ex(ai) for ai in as_batch(a)], strict=True)
-    return torch.stack(inverses).reshape(a.shape), torch.stack(infos).reshape(a.shape[:-2])
+    by_rows = torch.stack([inverse.mT for inverse in inverses])
+    return by_rows.reshape(a.shape).mT, torch.stack(infos).reshape(a.shape[:-2])
 
 
 def inverse_definite(a: Tensor) -> Tensor:
-    """a⁻¹ for a of shape [..., n, n] whose symmetric part is at least I.
+    """a⁻¹, contiguous, for a contiguous [..., n, n] whose symmetric part is at least I.
 
     On the CPU large matrices, and large batches, are eliminated in 2×2 blocks, which is nearly all
     matrix products. Without pivots across blocks that loses digits as ‖a‖² grows (Golub & Van
@@ -99,7 +100,7 @@ def _block_inverse(a: Tensor, leaf: int) -> Tensor:
     pb, cp = p @ b, c @ p
     s = _block_inverse(a[..., k:, k:] - c @ pb, leaf)
     pbs = pb @ s
-    out = torch.empty_like(a)
+    out = a.new_empty(a.shape)
     torch.add(p, pbs @ cp, out=out[..., :k, :k])
     torch.neg(pbs, out=out[..., :k, k:])
     torch.neg(s @ cp, out=out[..., k:, :k])

@@ -12,6 +12,7 @@ from tritonparam import registry
 from tritonparam.numerics import compute_dtype, inverse_definite, no_autocast
 
 _KERNEL_MAX_N = 64
+_BACKEND = "hip" if torch.version.hip else "cuda"
 _kernels: ModuleType | None = None
 
 
@@ -32,14 +33,10 @@ def _load() -> Any:
     return _kernels
 
 
-def _backend(x: Tensor) -> str:
-    return "hip" if torch.version.hip else "cuda"
-
-
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
     # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹.
     upper = w.to(compute_dtype(w.dtype)).triu(1)
-    a = upper.mT - upper
+    a = torch.sub(upper.mT, upper, out=torch.empty_like(upper))  # by rows, as the result shall be
     a.diagonal(dim1=-2, dim2=-1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
     nan = upper.sum((-2, -1), keepdim=True) * 0
@@ -64,7 +61,7 @@ def _forward(w: Tensor, d: Tensor) -> Tensor:
             return _closed_fwd(w, d)
     kernels = _load()
     with torch.cuda.device_of(w):
-        return kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _backend(w)))
+        return kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _BACKEND))
 
 
 def _backward(g: Tensor, q: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,7 +70,7 @@ def _backward(g: Tensor, q: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
             return _closed_bwd(g, q, d).to(dtype)
     kernels = _load()
     with torch.cuda.device_of(q):
-        config = kernels.bwd_config(q.size(-1), q.dtype, _backend(q))
+        config = kernels.bwd_config(q.size(-1), q.dtype, _BACKEND)
         return kernels.cayley_bwd(g, q, d, dtype, config)
 
 
