@@ -24,6 +24,7 @@ FLOORS = {
     "registry": 2,
     "links": 2,
     "cache": 2.1,
+    "autograd": 2.1,
     "ops": 3,
     "ops.cayley": 3,
     "rules": 4,

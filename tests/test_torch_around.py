@@ -58,7 +58,7 @@ def test_custom_operator_contract(case, device):
         torch.library.opcheck(
             torch.ops.tritonparam.skew_cayley.default, (large, ones), test_utils=tests
         )
-    args = (torch.randn_like(w), w.detach(), d, torch.bfloat16)
+    args = (torch.randn_like(w), w.detach(), half.detach(), d)
     torch.library.opcheck(torch.ops.tritonparam.skew_cayley_backward.default, args)
 
 

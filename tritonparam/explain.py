@@ -88,12 +88,22 @@ def explain(model: nn.Module) -> Explanation:
         largest = max(tensors, key=torch.Tensor.numel)
         path, reason = "composed", decline_reason(plist)
         if not reason:
-            rule, _ = cast(FusedParametrizationList, plist).decide()
-            assert rule is not None
-            reason = rule.kernel_declines(*tensors)
-            if registry.override() == "closed":
-                reason = reason or "the path is set to closed"
-            path = "closed" if reason else "kernel"
+            path, reason = _fused_path(cast(FusedParametrizationList, plist).plan(), tensors)
         chain = tuple(type(link).__name__ for link in plist._modules.values())
         rows.append(Row(name, chain, tuple(largest.shape), largest.dtype, path, reason))
     return Explanation(rows)
+
+
+def _fused_path(steps: list[registry.Step], tensors: Sequence[torch.Tensor]) -> tuple[str, str]:
+    """The path of a chain that is fused at least in part, and why not a better one."""
+    closed, composed = [], []
+    for i, (rule, links, why) in enumerate(steps):
+        if rule is None:
+            composed.append(f"{type(links[0]).__name__} is composed: {why}")
+            continue
+        declined = rule.kernel_declines(*(tensors if i == 0 else tensors[:1]))
+        if registry.override() == "closed":
+            declined = declined or "the path is set to closed"
+        if declined:
+            closed.append(declined)
+    return ("closed" if closed else "kernel"), "; ".join(dict.fromkeys(closed + composed))

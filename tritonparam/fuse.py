@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tritonparam import cache, registry
-from tritonparam.registry import Rule
 from tritonparam.rules import RULES
 from tritonparam.transaction import restored_on_error, stand_in, write
 
@@ -31,16 +31,11 @@ class FusedParametrizationList(ParametrizationList):
         return cache.read(self, self._evaluate)
 
     def _evaluate(self) -> Tensor:
-        rule, _ = self.decide()
-        if rule is not None:
-            return rule.op(tuple(self._modules.values()), *originals(self))
-        if not torch.compiler.is_compiling():
-            registry.count("composed")
-        return super().forward()
+        return registry.evaluate(RULES, tuple(self._modules.values()), *originals(self))
 
-    def decide(self) -> tuple[Rule | None, str]:
-        """The rule that evaluates the chain as it is now, or None and the reason."""
-        return registry.lookup(RULES, tuple(self._modules.values()), originals(self))
+    def plan(self) -> list[registry.Step]:
+        """How the chain is evaluated as it is now: its steps, each a rule, its links, a reason."""
+        return registry.plan(RULES, tuple(self._modules.values()), originals(self))
 
     def right_inverse(self, value: Tensor) -> None:
         """Assign: torch's own method, all or nothing, with the originals written in place.
@@ -190,7 +185,11 @@ def lists(module: nn.Module) -> dict[str, ParametrizationList]:
 def decline_reason(plist: ParametrizationList) -> str:
     """Why a list is evaluated composed, or the empty string."""
     if type(plist) is FusedParametrizationList:
-        return plist.decide()[1]
+        steps = cast(FusedParametrizationList, plist).plan()
+        reasons = [reason for rule, _, reason in steps]
+        if any(rule is not None for rule, _, _ in steps):
+            return ""
+        return next((r for r in reasons if r != registry.NO_RULE), registry.NO_RULE)
     if type(plist) is ParametrizationList:
         return "not fused yet; call tritonparam.fuse(model)"
     return f"it is kept in a {type(plist).__name__}, not in torch's ParametrizationList"
@@ -211,19 +210,19 @@ def fuse_list(plist: ParametrizationList) -> FusedParametrizationList:
     links, tensors = tuple(plist._modules.values()), originals(plist)
     if registry.has_alias(links):
         with registry.use_path("closed"):
-            rule, _ = registry.lookup(RULES, links, tensors)
-            if rule is not None:
-                _verify_alias(rule, links, tensors)
+            if any(rule for rule, _, _ in registry.plan(RULES, links, tensors)):
+                _verify_alias(links, tensors)
     return cast(FusedParametrizationList, plist)
 
 
-def _verify_alias(rule: Rule, links: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+def _verify_alias(links: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
     """Compare fused with composed, on fp64 values of norm about one and on the originals.
 
     Near zero all maps agree, hence the former; what users run is the latter. It works on copies of
     the links and puts the random state back.
     """
     names = "→".join(type(link).__name__ for link in links)
+    meaning = "→".join(registry.meaning(link).__name__ for link in links)
     generator = torch.Generator().manual_seed(0)
     scale = max(tensors[0].size(-1), 1) ** -0.5
     random = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors]
@@ -234,7 +233,7 @@ def _verify_alias(rule: Rule, links: Sequence[nn.Module], tensors: Sequence[Tens
         copies = [copy.deepcopy(link).to(xs[0].dtype) for link in links]
         results = []
         with torch.random.fork_rng(devices), torch.enable_grad():
-            for evaluate in (rule.op, _composed):
+            for evaluate in (partial(registry.evaluate, RULES), _composed):
                 generator.manual_seed(1)
                 leaves = [x.clone().requires_grad_() for x in xs]
                 y = evaluate(copies, *leaves)
@@ -243,7 +242,7 @@ def _verify_alias(rule: Rule, links: Sequence[nn.Module], tensors: Sequence[Tens
         for what, fused, composed in zip(("value", *["gradient"] * len(xs)), *results, strict=True):
             if not _close(fused, composed):
                 raise ValueError(
-                    f"alias: {names} was declared to mean {rule.name}, but its {what} differs: "
+                    f"alias: {names} was declared to mean {meaning}, but its {what} differs: "
                     f"fused {_brief(fused)}, composed {_brief(composed)}; "
                     "correct the class or do not alias it."
                 )

@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 PATHS = ("kernel", "closed", "composed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+NO_RULE = "no rule for this chain"
+
 _HAS_TRITON = find_spec("triton") is not None
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 _counts = dict.fromkeys(PATHS, 0)
@@ -36,11 +38,11 @@ class Rule:
 
     Attributes:
         name: the chain's name, the same in ``kernels/``, ``ops/``, the tests and the benchmarks.
-        chain: the exact types of the links, in order.
-        op: called as ``op(links, *originals)``; returns the weight, in fresh storage.
-        declines: called as ``declines(links, *originals)``; returns the sentence why this chain
-            is left composed, or the empty string.
-        kernel_declines: called as ``kernel_declines(*originals)``; returns the sentence why the
+        chain: the exact types of the links, in order; a part of a longer chain is taken too.
+        op: called as ``op(links, *tensors)``; returns the value, in fresh storage.
+        declines: called as ``declines(links, *tensors)``; returns the sentence why these links
+            are left composed, or the empty string.
+        kernel_declines: called as ``kernel_declines(*tensors)``; returns the sentence why the
             op takes its closed form, or the empty string where its Triton kernel runs.
     """
 
@@ -51,10 +53,13 @@ class Rule:
     kernel_declines: Callable[..., str]
 
 
+Step = tuple[Rule | None, tuple[nn.Module, ...], str]
+
+
 def lookup(
-    rules: Sequence[Rule], links: Sequence[nn.Module], originals: Sequence[Tensor]
+    rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]
 ) -> tuple[Rule | None, str]:
-    """The first rule that takes this chain of links on these originals, or None and the reason.
+    """The first rule that takes the next links of a chain on these tensors, or None and the reason.
 
     It looks at the tensors and links in hand and remembers nothing, so that a model may be moved,
     hooked or extended after it was fused.
@@ -62,12 +67,52 @@ def lookup(
     if _override == "composed":
         return None, "the path is set to composed"
     kinds = tuple([_aliases.get(type(link), type(link)) for link in links])
+    reason = ""
     for rule in rules:
-        if rule.chain == kinds:
-            reason = _links_decline(links) or _originals_decline(originals)
-            reason = reason or rule.declines(links, *originals)
-            return (None, reason) if reason else (rule, "")
-    return None, "no rule for this chain"
+        n = len(rule.chain)
+        if rule.chain == kinds[:n]:
+            declined = _links_decline(links[:n]) or _tensors_decline(xs)
+            declined = declined or rule.declines(links[:n], *xs)
+            if not declined:
+                return rule, ""
+            reason = reason or declined
+    return None, reason or NO_RULE
+
+
+def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> Tensor:
+    """The value of a chain: what rules take, fused; the links between, one after another."""
+    rule, _ = lookup(rules, links, xs)
+    if rule is not None and len(rule.chain) == len(links):
+        return rule.op(links, *xs)
+    fused, i = False, 0
+    while i < len(links):
+        if rule is None:
+            xs, i = (links[i](*xs),), i + 1
+        else:
+            n = len(rule.chain)
+            xs, i, fused = (rule.op(links[i : i + n], *xs),), i + n, True
+        if i < len(links):
+            rule, _ = lookup(rules, links[i:], xs)
+    if not fused and not torch.compiler.is_compiling():
+        count("composed")
+    return xs[0]
+
+
+def plan(
+    rules: Sequence[Rule], links: Sequence[nn.Module], originals: Sequence[Tensor]
+) -> list[Step]:
+    """The steps that ``evaluate`` would take, computing nothing: rule or None, links, reason.
+
+    What a link makes is taken to be like the largest original.
+    """
+    steps: list[Step] = []
+    xs, i = tuple(originals), 0
+    while i < len(links):
+        rule, reason = lookup(rules, links[i:], xs)
+        n = 1 if rule is None else len(rule.chain)
+        steps.append((rule, tuple(links[i : i + n]), reason))
+        xs, i = (max(originals, key=Tensor.numel),), i + n
+    return steps
 
 
 def _links_decline(links: Sequence[nn.Module]) -> str:
@@ -84,8 +129,8 @@ def _links_decline(links: Sequence[nn.Module]) -> str:
     return ""
 
 
-def _originals_decline(originals: Sequence[Tensor]) -> str:
-    for x in originals:
+def _tensors_decline(xs: Sequence[Tensor]) -> str:
+    for x in xs:
         if type(x) is not nn.Parameter and type(x) is not Tensor:
             return f"the original is a {type(x).__name__}, a tensor subclass"
         if x.dtype not in DTYPES:
@@ -158,6 +203,11 @@ def alias(link: type[nn.Module], meaning: type[nn.Module]) -> None:
 def has_alias(links: Sequence[nn.Module]) -> bool:
     """Whether a link of the chain is fused by somebody's declaration only."""
     return any(type(link) in _aliases for link in links)
+
+
+def meaning(link: nn.Module) -> type[nn.Module]:
+    """The class that a link counts as: its own, or the one it was declared to equal."""
+    return _aliases.get(type(link), type(link))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tritonparam import registry
-from tritonparam.numerics import compute_dtype, inverse_definite, no_autocast
+from tritonparam.autograd import FusedMap
+from tritonparam.numerics import compute_dtype, inverse_definite
 
 _KERNEL_MAX_N = 64
 _BACKEND = "hip" if torch.version.hip else "cuda"
@@ -45,84 +46,45 @@ def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
     return q
 
 
-def _closed_bwd(g: Tensor, q: Tensor, d: Tensor) -> Tensor:
+def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
     # dW = triu(Z - Zᵀ, 1) / 2 with Z = 4 Mᵀ G D Mᵀ, and 2M = (Q + D) D. Differentiable.
+    q, d = saved
     e = q.clone()
     e.diagonal(dim1=-2, dim2=-1).add_(d)
     z = (d.to(q.dtype) / 2).unsqueeze(-1) * (e.mT @ (g @ e.mT))
-    return (z - z.mT).triu(1)
+    return ((z - z.mT).triu(1),)
 
 
-def _forward(w: Tensor, d: Tensor) -> Tensor:
+def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     path = registry.path(kernel_declines(w))
     registry.count(path)
     if path == "closed":
-        with no_autocast(w):
-            return _closed_fwd(w, d)
-    kernels = _load()
-    with torch.cuda.device_of(w):
-        return kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _BACKEND))
+        q = _closed_fwd(w, d)
+    else:
+        kernels = _load()
+        with torch.cuda.device_of(w):
+            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _BACKEND))
+    return q, (q, d)
 
 
-def _backward(g: Tensor, q: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
+def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
+    q, d = saved
     if registry.path(kernel_declines(q)) == "closed":
-        with no_autocast(q):
-            return _closed_bwd(g, q, d).to(dtype)
+        return _closed_bwd(g, saved, dtype)
     kernels = _load()
     with torch.cuda.device_of(q):
         config = kernels.bwd_config(q.size(-1), q.dtype, _BACKEND)
-        return kernels.cayley_bwd(g, q, d, dtype, config)
+        return (kernels.cayley_bwd(g, q, d, dtype, config),)
 
 
-class SkewCayleyFunction(torch.autograd.Function):
-    """The eager door: w, d -> Q in the compute dtype. Saves Q and d."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, d: Tensor) -> Tensor:  # noqa: D102
-        q = _forward(w, d)
-        ctx.save_for_backward(q, d)
-        ctx.dtype = w.dtype
-        return q
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: D102
-        q, d = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: differentiate the formula itself
-            with no_autocast(q):
-                return _closed_bwd(g, q, d).to(ctx.dtype), None
-        return _backward(g, q, d, ctx.dtype), None
-
-
-@torch.library.custom_op("tritonparam::skew_cayley", mutates_args=())
-def _skew_cayley_op(w: Tensor, d: Tensor) -> Tensor:
-    return _forward(w, d)
-
-
-@_skew_cayley_op.register_fake
-def _(w: Tensor, d: Tensor) -> Tensor:
-    return torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
-
-
-@torch.library.custom_op("tritonparam::skew_cayley_backward", mutates_args=())
-def _skew_cayley_backward_op(g: Tensor, q: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
-    return _backward(g, q, d, dtype).contiguous()
-
-
-@_skew_cayley_backward_op.register_fake
-def _(g: Tensor, q: Tensor, d: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(q.shape, dtype=dtype, device=q.device)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def _compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-    return _skew_cayley_backward_op(g, *ctx.saved_tensors, ctx.dtype), None
-
-
-_skew_cayley_op.register_autograd(_compiled_backward, setup_context=_save)
+_skew_cayley = FusedMap(
+    "skew_cayley",
+    "Tensor w, Tensor d",
+    _forward,
+    _backward,
+    graph=_closed_bwd,
+    resume=lambda q, w, d: (q, d),
+)
 
 
 def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
@@ -135,8 +97,4 @@ def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
     Returns:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
-    if torch.compiler.is_compiling():
-        return _skew_cayley_op(w, signature).to(w.dtype)
-    if not (w.requires_grad and torch.is_grad_enabled()):
-        return _forward(w, signature).to(w.dtype)
-    return SkewCayleyFunction.apply(w, signature).to(w.dtype)
+    return _skew_cayley(w, signature)

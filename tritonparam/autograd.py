@@ -1,0 +1,147 @@
+"""One fused map, two doors: an autograd function in eager mode, an operator for a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonparam.numerics import compute_dtype, no_autocast
+
+Saved = tuple[Tensor, ...]
+Gradients = tuple[Tensor, ...]
+
+
+class FusedMap:
+    """A map of tensors to one tensor, with its own derivative; called like a function.
+
+    The result is a fresh contiguous tensor of the shape and dtype of the argument `like`. The
+    functions it is made of compute in the compute dtype of that argument (fp32 for fp16 and bf16)
+    and are called with autocast off.
+
+    Arguments:
+        name: of the custom operators ``tritonparam::name`` and ``tritonparam::name_backward``.
+        schema: the arguments in the operator's schema, those with gradients first, then other
+            tensors, then numbers: ``"Tensor w, Tensor d, float scale"``.
+        forward: called with the arguments; returns the value, contiguous in the compute dtype,
+            and what to save for the backward pass, inputs and the value among it or not.
+        backward: called as ``backward(g, saved, dtype, *numbers)`` with the dtype of the first
+            argument; returns the gradients of the leading arguments.
+        graph: the same gradients, computed by differentiable operators on `saved`, for
+            ``create_graph=True``.
+        n_gradients: how many leading arguments have gradients.
+        like: the position of the argument that has the result's shape and dtype.
+        resume: ``resume(value, *arguments)`` returns what `forward` saves; a compiled graph keeps
+            arguments and value only. None computes `forward` again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        forward: Callable[..., tuple[Tensor, Saved]],
+        backward: Callable[..., Gradients],
+        graph: Callable[..., Gradients],
+        *,
+        n_gradients: int = 1,
+        like: int = 0,
+        resume: Callable[..., Saved] | None = None,
+    ) -> None:
+        self.name = name
+        self.forward, self.backward, self.graph = forward, backward, graph
+        self.n_gradients, self.like, self.resume = n_gradients, like, resume
+        self.n_tensors = schema.count("Tensor")
+        self._operator = self._define(schema)
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The map's value, differentiable in the leading arguments."""
+        dtype = args[self.like].dtype
+        if torch.compiler.is_compiling():
+            return self._operator(*args).to(dtype)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args[: self.n_gradients]):
+            return _Function.apply(self, *args).to(dtype)
+        with no_autocast(args[0]):
+            return self.forward(*args)[0].to(dtype)
+
+    def _define(self, schema: str) -> Callable[..., Tensor]:
+        def forward(*args: Any) -> Tensor:
+            with no_autocast(args[0]):
+                return self.forward(*args)[0]
+
+        def backward(g: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+            with no_autocast(g):
+                saved = self.resume(y, *args) if self.resume else self.forward(*args)[1]
+                numbers = args[self.n_tensors :]
+                grads = self.backward(g, saved, args[0].dtype, *numbers)
+            return tuple(dx.contiguous() for dx in self._as(grads, args))
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.save_for_backward(output, *inputs[: self.n_tensors])
+            ctx.numbers = inputs[self.n_tensors :]
+
+        def differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+            y, *tensors = ctx.saved_tensors
+            grads = backward_op(g, y, *tensors, *ctx.numbers)
+            rest = len(tensors) + len(ctx.numbers) - self.n_gradients
+            return (*grads, *[None] * rest)
+
+        def define(name: str, schema: str, function: Callable, fake: Callable) -> Any:
+            op = torch.library.custom_op(f"tritonparam::{name}", mutates_args=(), schema=schema)
+            made = op(function)
+            made.register_fake(fake)
+            return made
+
+        operator = define(
+            self.name,
+            f"({schema}) -> Tensor",
+            forward,
+            lambda *args: args[self.like].new_empty(
+                args[self.like].shape, dtype=compute_dtype(args[self.like].dtype)
+            ),
+        )
+        several = ", ".join(["Tensor"] * self.n_gradients)
+        single = self.n_gradients == 1
+        backward_of_op = define(
+            f"{self.name}_backward",
+            f"(Tensor g, Tensor y, {schema}) -> " + (several if single else f"({several})"),
+            (lambda *args: backward(*args)[0]) if single else backward,
+            (lambda g, y, *args: args[0].new_empty(args[0].shape))
+            if single
+            else lambda g, y, *args: tuple(x.new_empty(x.shape) for x in args[: self.n_gradients]),
+        )
+
+        def backward_op(*args: Any) -> tuple[Tensor, ...]:
+            grads = backward_of_op(*args)
+            return (grads,) if single else grads
+
+        operator.register_autograd(differentiate, setup_context=save)
+        return operator
+
+    def _as(self, grads: Gradients, args: tuple[Any, ...]) -> Gradients:
+        return tuple(dx.to(x.dtype) for dx, x in zip(grads, args, strict=False))
+
+
+class _Function(torch.autograd.Function):
+    """The eager door: FusedMap, arguments -> the value in the compute dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: FusedMap, *args: Any) -> Tensor:
+        with no_autocast(args[0]):
+            y, saved = fused.forward(*args)
+        ctx.save_for_backward(*saved)
+        ctx.fused, ctx.numbers = fused, args[fused.n_tensors :]
+        ctx.dtypes = [x.dtype for x in args[: fused.n_gradients]]
+        ctx.rest = [None] * (len(args) - fused.n_gradients)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        fused = ctx.fused
+        # create_graph=True: differentiate the formula itself
+        gradients = fused.graph if torch.is_grad_enabled() else fused.backward
+        with no_autocast(g):
+            grads = gradients(g, ctx.saved_tensors, ctx.dtypes[0], *ctx.numbers)
+        grads = [dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return (None, *grads, *ctx.rest)
