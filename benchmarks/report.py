@@ -8,41 +8,82 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy import summary
+from tests.cases import CASES
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def _results() -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*/*.json")):
-        content = json.loads(path.read_text())
-        yield content["machine"], content["rows"]
+Row = dict[str, Any]
 
 
-def _milliseconds(row: dict[str, Any] | None) -> str:
+def _results() -> Iterator[tuple[Row, dict[str, list[Row]]]]:
+    """Of every device: the machine, and the rows of its result files by the files' names."""
+    for folder in sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir()):
+        found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+        if found:
+            machine = next(iter(found.values()))["machine"]
+            commits = dict.fromkeys(str(content["machine"]["commit"]) for content in found.values())
+            machine = {**machine, "commit": ", ".join(commits)}
+            yield machine, {name: content["rows"] for name, content in found.items()}
+
+
+def _milliseconds(row: Row | None) -> str:
     return "–" if row is None else f"{row['median_us'] / 1000:.3g}"
 
 
+def _times(rows: list[Row]) -> list[str]:
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        shape = "×".join(map(str, row["shape"]))
+        read = ", read" if row["phase"] == "read" else ""
+        cases.setdefault(f"{row['chain']} {shape}{read}", {})[row["contender"]] = row
+    lines = []
+    for case, by in cases.items():
+        times = [_milliseconds(by.get(c)) for c in ("composed", "compiled", "closed", "kernel")]
+        ours = by.get("kernel", by["closed"])
+        line = f"| {case} | {' | '.join(times)} | {ours['speedup_over_composed']:.2f}× |"
+        if "value_error" in ours:
+            line += f" {ours['value_error']:.0e} ({by['composed']['value_error']:.0e}) |"
+        lines.append(line if line.count("|") == 8 else line + " |")
+    return lines
+
+
+def _embedding(rows: list[Row]) -> list[str]:
+    lines = ["", "| orthogonal 30000×50: register, forward, backward | s | MB | orthogonality |"]
+    lines += ["|---|---|---|---|"]
+    for row in rows:
+        seconds, megabytes = row["median_us"] / 1e6, row["peak_megabytes"]
+        lines.append(
+            f"| {row['chain']} | {seconds:.2f} | {megabytes:.0f} | {row['orthogonality']:.0e} |"
+        )
+    return lines
+
+
+def _accuracy(rows: list[Row]) -> list[str]:
+    return [
+        "",
+        "Accuracy in fp32, n = 2 to 512, norms 1e-3 to 1e3 (`python -m benchmarks.accuracy`):",
+    ] + [f"- {line}" for line in summary(rows).splitlines()]
+
+
 def tables() -> str:
-    """One table per device: median milliseconds of forward and backward, and what they gain."""
+    """Per device: median milliseconds of forward and backward and what they gain, and the rest."""
     lines: list[str] = []
-    for machine, rows in _results():
+    for machine, by_name in _results():
         versions = f"torch {machine['torch']}, triton {machine['triton']}"
         lines += [f"{machine['device']}; {versions}; commit {machine['commit']}.", ""]
         lines += ["| chain, shape | composed | compiled | closed | kernel | gain | error |"]
         lines += ["|---|---|---|---|---|---|---|"]
-        cases: dict[tuple[str, str], dict[str, Any]] = {}
-        for row in rows:
-            shape = "×".join(map(str, row["shape"]))
-            cases.setdefault((row["chain"], shape), {})[row["contender"]] = row
-        for (chain, shape), by in cases.items():
-            times = [_milliseconds(by.get(c)) for c in ("composed", "compiled", "closed", "kernel")]
-            ours = by.get("kernel", by["closed"])
-            error, theirs = ours["value_error"], by["composed"]["value_error"]
-            lines.append(
-                f"| {chain} {shape} | {' | '.join(times)} | {ours['speedup_over_composed']:.2f}× "
-                f"| {error:.0e} ({theirs:.0e}) |"
-            )
+        ordered = [case.name for case in CASES if case.name in by_name]
+        for name in [*ordered, *(["read"] if "read" in by_name else [])]:
+            lines += _times(by_name[name])
+        if "embedding" in by_name:
+            lines += _embedding(by_name["embedding"])
+        if "accuracy" in by_name:
+            lines += _accuracy(by_name["accuracy"])
         lines.append("")
     return "\n".join(lines)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
 import tritonparam as tp
 
@@ -16,56 +18,106 @@ class Case:
     """A chain and the originals it is tested on.
 
     Attributes:
-        name: the name of its rule.
-        links: makes new links.
-        shapes: of the weight: size 1, odd, powers of two and not, past the kernel's largest tile,
-            batches of one and two dimensions, an empty batch, no matrix at all.
-        max_kernel_n: the largest matrix its kernel takes.
-        argument: what the map is applied to, for an original; linear in it.
+        name: the name of its row.
+        links: makes new links for a weight.
+        form: of the weight: "square" and "tall" in batches, "layer" is one matrix.
+        max_kernel_n: the largest matrix its kernel takes, 0 without one.
+        argument: what the map is applied to, for an original; linear in it. None is the original.
+        max_norm: of the argument, up to which the result is representable in fp32.
+        base: the weight has a base point, a random orthonormal matrix.
     """
 
     name: str
-    links: Callable[[], list[nn.Module]]
-    shapes: tuple[tuple[int, ...], ...]
-    max_kernel_n: int
-    argument: Callable[[Tensor], Tensor]
+    links: Callable[[Tensor], list[nn.Module]]
+    form: str = "square"
+    max_kernel_n: int = 0
+    argument: Callable[[Tensor], Tensor] | None = None
+    max_norm: float = 1e3
+    base: bool = False
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The fused paths that it has."""
+        return ("closed", "kernel") if self.max_kernel_n else ("closed",)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the weight: size 1, odd, powers of two and not, past the kernel's largest tile."""
+        shapes = tuple(self.shape(n) for n in (1, 2, 3, 8, 17, 32, 64, 100))
+        if self.form == "layer":
+            return shapes
+        batches = ((5, 7), (2, 3, 13), (3, 160), (0, 4), (2, 0))
+        return shapes + tuple(self.shape(n, *batch) for *batch, n in batches)
+
+    def shape(self, n: int, *batch: int) -> tuple[int, ...]:
+        """The shape of a weight of size n, or of a batch of them."""
+        if self.form == "layer":
+            return (2 * n + 1, n)
+        return (*batch, 2 * n + 1 if self.form == "tall" else n, n)
 
     def original(self, shape: tuple[int, ...], norm: float, dtype: torch.dtype) -> Tensor:
-        """A random original, [..., n, n], whose map's argument has this spectral norm."""
+        """A random original whose map's argument has this spectral norm, or the largest it may."""
         w = torch.randn(shape, dtype=torch.float64)
         if w.numel():
-            size = torch.linalg.matrix_norm(self.argument(w), 2)[..., None, None]
-            w = torch.where(size > 0, w * norm / size, w)
+            x = self.argument(w) if self.argument else w
+            size = torch.linalg.matrix_norm(x, 2)[..., None, None]
+            w = torch.where(size > 0, w * min(norm, self.max_norm) / size, w)
         return w.to(dtype)
 
     def module(self, original: Tensor) -> nn.Module:
-        """A module with the parameter `weight`, constrained by the chain."""
+        """A module with the parameter `weight`, constrained by the chain, in eval mode.
+
+        A chain with one original has it written; another takes it apart.
+        """
         module = nn.Module()
-        module.weight = nn.Parameter(original.detach().clone())
-        tp.register_parametrization(module, "weight", *self.links())
-        with torch.no_grad():
-            module.parametrizations.weight.original.copy_(original)
-        return module
+        first = original.detach().clone()
+        if self.form != "layer":  # what registration makes of it is written over
+            first = _orthonormal(original) if self.base else torch.zeros_like(first)
+        module.weight = nn.Parameter(first)
+        unsafe = self.form == "layer"  # weight_norm has two originals
+        tp.register_parametrization(module, "weight", *self.links(original), unsafe=unsafe)
+        plist = module.parametrizations.weight
+        if plist.is_tensor:
+            with torch.no_grad():
+                plist.original.copy_(original)
+        return module.eval()
 
 
-def composed(case: Case, original: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight and the original's gradient, link by link, in the dtype of the original."""
-    w = original.detach().clone().requires_grad_()
-    y = w
-    for link in case.links():
-        y = link(y)
-    (dw,) = torch.autograd.grad(y, w, g.to(y.dtype))
-    return y.detach(), dw
+def _orthonormal(like: Tensor) -> Tensor:
+    q = torch.randn(like.shape, dtype=torch.float64)
+    return torch.linalg.qr(q)[0].to(like) if like.numel() else torch.zeros_like(like)
+
+
+def composed(
+    module: nn.Module, g: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """The weight and the originals' gradient, link by link, of a copy of the module in a dtype.
+
+    The links solve matrix by matrix: batched LU on the CPU cannot be trusted (pytorch #142815).
+    """
+    copy = deepcopy(module).to(dtype)
+    # torch's matrix_exp loses digits of the gradient as what comes in grows: the reference takes
+    # something small, which costs nothing, as a power of two.
+    scale = 2.0**-20 if dtype == torch.float64 else 1.0
+    with tp.use_path("composed"):
+        y, dw = _weight_and_gradient(copy, g.to(dtype) * scale)
+    return y, dw / scale
 
 
 def fused(module: nn.Module, g: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """The weight and the original's gradient on a path, which must really have been taken."""
+    """The weight and the originals' gradient on a path, which must really have been taken."""
     before = tp.stats()[path]
     with tp.use_path(path):
-        y = module.weight
-        original = module.parametrizations.weight.original
-        (dw,) = torch.autograd.grad(y, original, g.to(y.dtype))
+        result = _weight_and_gradient(module, g)
     assert tp.stats()[path] == before + 1
+    return result
+
+
+def _weight_and_gradient(module: nn.Module, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Several gradients are returned as one row."""
+    y = module.weight
+    grads = torch.autograd.grad(y, list(module.parametrizations.weight.parameters()), g.to(y.dtype))
+    dw = grads[0] if len(grads) == 1 else torch.cat([dx.flatten() for dx in grads]).unsqueeze(0)
     return y.detach(), dw
 
 
@@ -81,26 +133,55 @@ def error(x: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
     return float(errors(x, reference, scale).max()) if reference.numel() else 0.0
 
 
+def _skew(w: Tensor) -> Tensor:
+    return w.triu(1) - w.triu(1).mT
+
+
+def _symmetric(w: Tensor) -> Tensor:
+    return w.triu() + w.triu(1).mT
+
+
+def _orthogonal(orthogonal_map: str, base: bool) -> Callable[[Tensor], list[nn.Module]]:
+    return lambda _: [tp.Orthogonal(orthogonal_map, use_trivialization=base)]
+
+
 CASES = (
     Case(
         name="cayley",
-        links=lambda: [tp.Skew(), tp.CayleyMap()],
-        shapes=(
-            (1, 1),
-            (2, 2),
-            (3, 3),
-            (8, 8),
-            (17, 17),
-            (32, 32),
-            (5, 7, 7),
-            (2, 3, 13, 13),
-            (64, 64),
-            (100, 100),
-            (3, 160, 160),
-            (0, 4, 4),
-            (2, 0, 0),
-        ),
+        links=lambda _: [tp.Skew(), tp.CayleyMap()],
         max_kernel_n=64,
-        argument=lambda w: w.triu(1) - w.triu(1).mT,
+        argument=_skew,
     ),
+    Case(
+        name="skew_exp",
+        links=lambda _: [tp.Skew(), tp.MatrixExponential()],
+        argument=_skew,
+    ),
+    Case(
+        name="symmetric_exp",
+        links=lambda _: [tp.Symmetric(), tp.MatrixExponential()],
+        argument=_symmetric,
+        max_norm=80,
+    ),
+    Case(name="matrix_exp", links=lambda _: [tp.MatrixExponential()], max_norm=80),
+    *(
+        Case(
+            name=name + ("_at_base" if base else ""),
+            links=_orthogonal(orthogonal_map, base),
+            form="tall",
+            base=base,
+        )
+        for name, orthogonal_map in (
+            ("tall_cayley", "cayley"),
+            ("tall_exp", "matrix_exp"),
+            ("householder", "householder"),
+        )
+        for base in (False, True)
+    ),
+    Case(
+        name="spectral_norm",
+        links=lambda w: [_SpectralNorm(w.detach())],
+        form="layer",
+    ),
+    Case(name="weight_norm", links=lambda _: [_WeightNorm()], form="layer"),
 )

@@ -84,7 +84,7 @@ def test_rnn_says_when_the_losses_come_apart():
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("map", "householder", "'cayley', 'exp'"),
+        ("map", "qr", "'cayley', 'exp', 'householder'"),
         ("hidden", "1", "at least 2"),
         ("hidden", "many", "integer"),
         ("steps", "0", "at least 1"),

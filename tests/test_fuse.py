@@ -328,7 +328,9 @@ def test_a_wrong_alias_is_an_error(registering):
             return torch.linalg.solve(self.Id + x, self.Id - x)
 
     tp.alias(Inverse, tp.CayleyMap)
-    with pytest.raises(ValueError, match="declared to mean Skew→CayleyMap, but its value differs: fused"):
+    with pytest.raises(
+        ValueError, match="declared to mean Skew→CayleyMap, but its value differs: fused"
+    ):
         if registering:
             layer = nn.Linear(5, 5)
             before = layer.weight, layer.weight.detach().clone()

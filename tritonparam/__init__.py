@@ -7,6 +7,7 @@ from torch.nn.utils.parametrize import (
 )
 from torch.nn.utils.parametrize import type_before_parametrizations as type_before_parametrizations
 
+from tritonparam import functional as functional
 from tritonparam.cache import cached as cached
 from tritonparam.explain import explain as explain
 from tritonparam.fuse import fuse as fuse
@@ -17,6 +18,14 @@ from tritonparam.links import NoPreimage as NoPreimage
 from tritonparam.links import Pruning as Pruning
 from tritonparam.links import Skew as Skew
 from tritonparam.links import Symmetric as Symmetric
+from tritonparam.orthogonal import Orthogonal as Orthogonal
+from tritonparam.parametrizations import orthogonal as orthogonal
+from tritonparam.parametrizations import positive_definite as positive_definite
+from tritonparam.parametrizations import skew as skew
+from tritonparam.parametrizations import spd as spd
+from tritonparam.parametrizations import spectral_norm as spectral_norm
+from tritonparam.parametrizations import symmetric as symmetric
+from tritonparam.parametrizations import weight_norm as weight_norm
 from tritonparam.register import register_parametrization as register_parametrization
 from tritonparam.register import remove_parametrizations as remove_parametrizations
 from tritonparam.registry import alias as alias

@@ -41,13 +41,13 @@ class FusedMap:
         self,
         name: str,
         schema: str,
-        forward: Callable[..., tuple[Tensor, Saved]],
+        forward: Callable[..., tuple[Tensor, Any]],
         backward: Callable[..., Gradients],
         graph: Callable[..., Gradients],
         *,
         n_gradients: int = 1,
         like: int = 0,
-        resume: Callable[..., Saved] | None = None,
+        resume: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
         self.forward, self.backward, self.graph = forward, backward, graph

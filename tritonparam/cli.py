@@ -18,10 +18,11 @@ except ModuleNotFoundError:
 
 
 class Map(str, enum.Enum):
-    """The maps that make a skew matrix orthogonal."""
+    """The maps that make a weight orthogonal."""
 
     cayley = "cayley"
     exp = "exp"
+    householder = "householder"
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def help_when_alone(context: typer.Context) -> None:
 
 def demo_rnn(
     orthogonal_map: Annotated[
-        Map, typer.Option("--map", help="How the skew matrix becomes an orthogonal one.")
+        Map, typer.Option("--map", help="What makes the recurrent weight orthogonal.")
     ] = Map.cayley,
     hidden: Annotated[int, typer.Option(help="The size of the recurrent weight.")] = 128,
     steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.")] = 200,

@@ -289,6 +289,8 @@ class MatrixExponential(nn.Module):
                 "MatrixExponential: only real matrices can be assigned, got a complex one."
             )
         _require_finite("MatrixExponential", a)
+        if a.numel() == 0:
+            return a.clone()
         flat = as_batch(a.detach().double())
         tolerance, eps = _tolerance(a), torch.finfo(a.dtype).eps
         asymmetry = _max_abs(flat - flat.mT) / _max_abs(flat)

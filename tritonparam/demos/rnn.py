@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import tritonparam as tp
 
-MAPS: dict[str, type[nn.Module]] = {"cayley": tp.CayleyMap, "exp": tp.MatrixExponential}
+MAPS = ("cayley", "exp", "householder")
 RUNS = ("composed", "fused")
 CLASSES = 10
 N_TEST = 360
@@ -94,7 +94,7 @@ class OrthogonalRNN(nn.Module):
 
     Arguments:
         hidden: the size n of the state.
-        orthogonal_map: a key of ``MAPS``, what makes W of a skew matrix.
+        orthogonal_map: one of ``MAPS``, what makes W orthogonal.
     """
 
     def __init__(self, hidden: int, orthogonal_map: str) -> None:
@@ -105,10 +105,9 @@ class OrthogonalRNN(nn.Module):
         nn.init.zeros_(self.encoder.bias)
         nn.init.zeros_(self.decoder.weight)
         nn.init.zeros_(self.decoder.bias)
-        # A skew matrix is not orthogonal, so registration keeps it as the original.
-        with torch.no_grad():
-            self.recurrent.weight.copy_(_skew_of_rotations(hidden, orthogonal_map))
-        tp.register_parametrization(self.recurrent, "weight", tp.Skew(), MAPS[orthogonal_map]())
+        _constrain(
+            self.recurrent, orthogonal_map, (torch.rand(hidden // 2) * 2 - 1) * 0.75 * math.pi
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits [batch, 10] of pixels [batch, T]."""
@@ -121,15 +120,23 @@ class OrthogonalRNN(nn.Module):
         return self.decoder(scale * h)
 
 
-def _skew_of_rotations(n: int, orthogonal_map: str) -> Tensor:
-    """The skew matrix [n, n] that the map takes to plane rotations by angles within ±3π/4."""
-    angles = (torch.rand(n // 2) * 2 - 1) * (0.75 * math.pi)
+@torch.no_grad()
+def _constrain(layer: nn.Linear, orthogonal_map: str, angles: Tensor) -> None:
+    """Make the weight [n, n] orthogonal, and plane rotations by these angles, [n // 2]."""
+    i = 2 * torch.arange(len(angles))
+    layer.weight.zero_()
+    if orthogonal_map == "householder":
+        layer.weight.fill_diagonal_(1)
+        layer.weight[i, i] = layer.weight[i + 1, i + 1] = angles.cos()
+        layer.weight[i, i + 1], layer.weight[i + 1, i] = angles.sin(), -angles.sin()
+        tp.orthogonal(layer, "weight", "householder")
+        return
     # exp of [[0, a], [-a, 0]] rotates by a, its Cayley map by 2 atan(a).
     entries = torch.tan(angles / 2) if orthogonal_map == "cayley" else angles
-    i = 2 * torch.arange(n // 2)
-    x = torch.zeros(n, n)
-    x[i, i + 1], x[i + 1, i] = entries, -entries
-    return x
+    layer.weight[i, i + 1], layer.weight[i + 1, i] = entries, -entries
+    # A skew matrix is not orthogonal, so registration keeps it as the original.
+    link = tp.CayleyMap() if orthogonal_map == "cayley" else tp.MatrixExponential()
+    tp.register_parametrization(layer, "weight", tp.Skew(), link)
 
 
 def load(seed: int, device: torch.device) -> Digits:
@@ -423,7 +430,7 @@ def run(
     """The whole demo: train both runs, print the report and write the plot.
 
     Arguments:
-        orthogonal_map: a key of ``MAPS``.
+        orthogonal_map: one of ``MAPS``.
         hidden: the size of the recurrent weight, at least 2.
         steps, batch: at least 1; `batch` at most the number of training images.
         lr: the learning rate at the start, positive.

@@ -1,0 +1,94 @@
+"""Skew→exp, Symmetric→exp and exp alone: the matrix exponential, and its adjoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonparam import registry
+from tritonparam.autograd import FusedMap
+from tritonparam.exponential import Kind, Saved, adjoint, expm
+from tritonparam.numerics import as_batch, compute_dtype
+
+
+def kernel_declines(w: Tensor) -> str:
+    """Why the Triton kernel cannot take w, or the empty string."""
+    return registry.device_declines(w) or "this chain has no kernel yet"
+
+
+def _argument(w: Tensor, kind: Kind) -> Tensor:
+    """What is exponentiated, [b, n, n] in the compute dtype."""
+    x = as_batch(w.to(compute_dtype(w.dtype)))
+    if kind == "skew":
+        upper = x.triu(1)
+        return upper - upper.mT
+    return x.triu() + x.triu(1).mT if kind == "symmetric" else x
+
+
+def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
+    registry.count(registry.path(kernel_declines(w)))
+    return _value(w, kind)
+
+
+def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
+    y, saved = expm(_argument(w, kind), kind)
+    return y.view(w.shape), (w, *saved)
+
+
+def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+    h = adjoint(as_batch(g), saved[1:], kind)
+    if kind == "skew":
+        h = (h - h.mT).triu(1)
+    elif kind == "symmetric":
+        h = (h + h.mT).triu()
+        h.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    return (h.view(g.shape),)
+
+
+def _graph(g: Tensor, saved: Any, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+    # The adjoint of intermediates that are functions of w, recorded.
+    return _backward(g, _value(saved[0], kind)[1], dtype, kind)
+
+
+def _map(name: str, kind: Kind) -> FusedMap:
+    return FusedMap(
+        name,
+        "Tensor w",
+        partial(_forward, kind=kind),
+        partial(_backward, kind=kind),
+        partial(_graph, kind=kind),
+    )
+
+
+_skew_exp = _map("skew_exp", "skew")
+_symmetric_exp = _map("symmetric_exp", "symmetric")
+_matrix_exp = _map("matrix_exp", "general")
+
+
+def skew_exp(w: Tensor) -> Tensor:
+    """The rotation exp(X), X = triu(w, 1) - triu(w, 1)ᵀ.
+
+    Arguments:
+        w: [..., n, n], fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+
+    Returns:
+        A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
+    """
+    return _skew_exp(w)
+
+
+def symmetric_exp(w: Tensor) -> Tensor:
+    """The positive definite exp(S), S = triu(w) + triu(w, 1)ᵀ; exactly symmetric.
+
+    Arguments and result as for ``skew_exp``. Where exp(S) has a condition beyond 1 / eps its
+    smallest eigenvalues are lost in the rounding of the largest.
+    """
+    return _symmetric_exp(w)
+
+
+def matrix_exp(a: Tensor) -> Tensor:
+    """exp(a) of any square matrices [..., n, n]; dtypes and result as for ``skew_exp``."""
+    return _matrix_exp(a)

@@ -1,0 +1,136 @@
+"""Spectral norm: W/σ with σ = uᵀ W v by power iteration, as torch's ``_SpectralNorm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn import functional as F
+
+from tritonparam import registry
+from tritonparam.autograd import FusedMap, Gradients, Saved
+from tritonparam.numerics import compute_dtype, no_autocast
+
+
+def kernel_declines(w: Tensor) -> str:
+    """Why the Triton kernel cannot take w; as yet there is none."""
+    return registry.device_declines(w) or "this chain has no kernel yet"
+
+
+def _matrix(w: Tensor, dim: int) -> Tensor:
+    return (w.movedim(dim, 0) if dim else w).flatten(1)  # [w.size(dim), the rest]
+
+
+def _sub_outer(x: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
+    """X - u vᵀ in place, for a contiguous x in the layout of the weight."""
+    if dim == 0:
+        x.flatten(1).addr_(u, v, alpha=-1)
+    else:
+        before, n, after = x.shape[:dim].numel(), x.size(dim), x.shape[dim + 1 :].numel()
+        x.view(before, n, after).addcmul_(u.view(n, 1), v.view(before, 1, after), value=-1)
+    return x
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.flatten(), y.flatten())
+
+
+def _divisor(sigma: Tensor) -> Tensor:
+    # Gradients are 0 where σ = 0, as that of torch's own norm is there.
+    return sigma.masked_fill(sigma == 0, torch.inf)
+
+
+def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[Tensor, Saved]:
+    registry.count("closed")
+    # The smallest number changes no σ beyond its last digit but 0, and makes 0/0 a 0.
+    info = torch.finfo(w.dtype)
+    return w.contiguous() / (sigma + info.tiny * info.eps), (w, u, v, sigma)
+
+
+def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
+    # dW = (G - (<G, W>/σ) u vᵀ)/σ
+    w, u, v, sigma = saved
+    s = _divisor(sigma)
+    dw = g.contiguous() / s
+    return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient, differentiable: G, W, u, v, σ, dim -> dW."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, w: Tensor, u: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(g, w, u, v)
+        sigma, ctx.dim = rest
+        return _backward(g, (w, u, v, sigma), w.dtype, ctx.dim)[0]
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+        # With H the gradient of dW and p = uᵀ H v / σ:
+        # dG = (H - p W)/σ,  dW = -(p/σ) G - (<H, G> - 2 p <G, W>)/σ² u vᵀ. Differentiable.
+        g, w, u, v = ctx.saved_tensors
+        s = _divisor(torch.dot(u, torch.mv(_matrix(w, ctx.dim), v)))
+        p = torch.dot(u, torch.mv(_matrix(h, ctx.dim), v)) / s
+        dg = torch.addcmul(h, w, p, value=-1) / s
+        c = (_dot(h, g) - 2 * p * _dot(g, w)) / s / s
+        dw = _sub_outer(g.contiguous() * (-p / s), u * c, v, ctx.dim)
+        return dg, dw, None, None, None, None
+
+
+_divide = FusedMap(
+    "spectral_norm",
+    "Tensor w, Tensor u, Tensor v, Tensor sigma, int dim",
+    _forward,
+    _backward,
+    graph=lambda g, saved, dtype, dim: (_Gradient.apply(g, *saved, dim),),
+    resume=lambda y, w, u, v, sigma, dim: (w, u, v, sigma),
+)
+
+
+def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
+    if not link.training:
+        # Copies: the buffers may change between this read and its backward pass.
+        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
+        return u, v, torch.dot(u, torch.mv(w, v))
+    v = link._v.to(w.dtype)
+    for _ in range(link.n_power_iterations):
+        u = torch.mv(w, v)
+        u = u / vector_norm(u).clamp_min_(link.eps)
+        q = torch.mv(w.mT, u)
+        v = q / vector_norm(q).clamp_min_(link.eps)
+    link._u.copy_(u)
+    link._v.copy_(v)
+    return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
+
+
+def spectral_norm(link: Any, w: Tensor) -> Tensor:
+    """The weight divided by its spectral norm σ = uᵀ W v, with u and v held constant.
+
+    Equals ``torch.nn.utils.parametrizations._SpectralNorm.forward``, and runs the power iteration
+    on the link's own buffers at the same moments: on every call in train mode, on none in eval
+    mode. A weight of one dimension is divided by its norm. Where the weight is zero the value is
+    zero (torch: NaN), and with two dimensions and more so is the gradient.
+
+    Arguments:
+        link: a ``_SpectralNorm`` made for a weight of this shape.
+        w: fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+
+    Returns:
+        A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
+
+    >>> link = torch.nn.utils.parametrizations._SpectralNorm(torch.eye(2))
+    >>> spectral_norm(link.eval(), 3 * torch.eye(2)).norm()
+    tensor(1.4142)
+    """
+    registry.path(kernel_declines(w))
+    x = w.to(compute_dtype(w.dtype))
+    if w.dim() == 1:
+        if not torch.compiler.is_compiling():
+            registry.count("closed")
+        return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
+    with no_autocast(w):
+        u, v, sigma = _power_iteration(link, _matrix(x.detach(), link.dim))
+    return _divide(x, u, v, sigma, link.dim).to(w.dtype)

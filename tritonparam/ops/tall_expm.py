@@ -1,0 +1,137 @@
+"""Tall matrices with orthonormal columns by the exponential of a 2k × 2k matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonparam import registry
+from tritonparam.autograd import FusedMap
+from tritonparam.exponential import Saved, adjoint, expm
+from tritonparam.numerics import as_batch, compute_dtype, identity_like
+
+
+def kernel_declines(x: Tensor, *base: Tensor) -> str:
+    """Why the Triton kernel cannot take x, or the empty string."""
+    return registry.device_declines(x) or "this chain has no kernel yet"
+
+
+def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
+    """E_top and E_bottom / b of exp([[Ω, -C/b], [b I, 0]]), C = PᵀP, [..., k, k] each.
+
+    b = sqrt(trace(C) / k) balances the blocks; the result does not depend on it.
+    """
+    k = omega.size(-1)
+    c = p.mT @ p
+    b = c.detach().diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
+    b = torch.where(b > 0, b, 1.0)[..., None, None]
+    balance = b * identity_like(c)
+    argument = torch.cat(
+        (torch.cat((omega, c / -b), -1), torch.cat((balance, torch.zeros_like(c)), -1)), -2
+    )
+    e, saved = expm(as_batch(argument), "general")
+    e = e.view(argument.shape)
+    return e[..., :k, :k], e[..., k:, :k] / b, (b, *saved)
+
+
+def _exp_adjoint(g_top: Tensor, g_bottom: Tensor, p: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
+    """The gradients in Ω and, through C, in P."""
+    b, *of_exp = saved
+    assert b is not None
+    k = g_top.size(-1)
+    g = torch.cat((g_top, g_bottom / b), -2)
+    g = torch.cat((g, torch.zeros_like(g)), -1)
+    h = adjoint(as_batch(g), tuple(of_exp), "general").view(g.shape)
+    gc = h[..., :k, k:] / -b
+    return h[..., :k, :k], p @ (gc + gc.mT)
+
+
+def _value(x: Tensor) -> tuple[Tensor, Saved]:
+    k = x.size(-1)
+    y = x.to(compute_dtype(x.dtype))
+    lower, p = y[..., :k, :].tril(-1), y[..., k:, :]
+    top, bottom, saved = _exp(lower - lower.mT, p)
+    return torch.cat((top, p @ bottom), -2), (x, bottom, *saved)
+
+
+def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    x, bottom, *of_exp = saved
+    assert x is not None
+    assert bottom is not None
+    k = x.size(-1)
+    p = x[..., k:, :].to(g.dtype)
+    g1, g2 = g[..., :k, :], g[..., k:, :]
+    omega, gp = _exp_adjoint(g1, p.mT @ g2, p, tuple(of_exp))
+    return (torch.cat(((omega - omega.mT).tril(-1), gp + g2 @ bottom.mT), -2),)
+
+
+def _value_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
+    y = x.to(compute_dtype(x.dtype))
+    b = base.to(y.dtype)
+    c = b.mT @ y
+    p = y - b @ c
+    top, bottom, saved = _exp((c - c.mT) / 2, p)
+    return b @ top + p @ bottom, (x, base, p, bottom, *saved)
+
+
+def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    _, base, p, bottom, *of_exp = saved
+    assert base is not None
+    assert p is not None
+    assert bottom is not None
+    b = base.to(g.dtype)
+    omega, gp = _exp_adjoint(b.mT @ g, p.mT @ g, p, tuple(of_exp))
+    gp = gp + g @ bottom.mT
+    # X enters through Ω = skew(BᵀX) and P = X - B BᵀX.
+    return (gp + b @ ((omega - omega.mT) / 2 - b.mT @ gp),)
+
+
+def _forward(x: Tensor) -> tuple[Tensor, Saved]:
+    registry.count(registry.path(kernel_declines(x)))
+    return _value(x)
+
+
+def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
+    registry.count(registry.path(kernel_declines(x)))
+    return _value_at(x, base)
+
+
+def _graph(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
+    return _backward(g, _value(saved[0])[1], dtype)
+
+
+def _graph_at(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
+    return _backward_at(g, _value_at(saved[0], saved[1])[1], dtype)
+
+
+_tall_exp = FusedMap("tall_exp", "Tensor x", _forward, _backward, _graph)
+_tall_exp_at = FusedMap(
+    "tall_exp_at", "Tensor x, Tensor base", _forward_at, _backward_at, _graph_at
+)
+
+
+def tall_exp(x: Tensor) -> Tensor:
+    """The first k columns of exp of [[L₁ - L₁ᵀ, -L₂ᵀ], [L₂, 0]], L₁ = tril(x[:k], -1), L₂ = x[k:].
+
+    Arguments:
+        x: [..., n, k], n > k, fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+
+    Returns:
+        A fresh contiguous tensor of x's shape and dtype, twice differentiable in x.
+    """
+    return _tall_exp(x)
+
+
+def tall_exp_at(x: Tensor, base: Tensor) -> Tensor:
+    """exp(B Ω Bᵀ + P Bᵀ - B Pᵀ) B with Ω = skew(Bᵀx), P = x - B Bᵀx: B where x = 0.
+
+    Arguments:
+        x: as for ``tall_exp``.
+        base: B, of x's shape, with orthonormal columns, which is not checked; no gradient.
+
+    Returns:
+        As ``tall_exp``.
+    """
+    return _tall_exp_at(x, base)

@@ -1,0 +1,169 @@
+"""Weight norm: w = g v/‖v‖, a norm for every index of one dimension, as torch's ``_WeightNorm``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonparam import registry
+from tritonparam.autograd import FusedMap, Gradients, Saved
+from tritonparam.numerics import compute_dtype
+
+# torch's own loops for the first and the last dimension, in fp32 for fp16 and bf16. Their
+# second derivatives are wrong on the CPU (torch 2.13 fails gradgradcheck), those here are not.
+_torch_forward = torch.ops.aten._weight_norm_interface.default
+_torch_backward = torch.ops.aten._weight_norm_interface_backward.default
+
+
+def kernel_declines(g: Tensor, v: Tensor) -> str:
+    """Why the Triton kernel cannot take g and v; as yet there is none."""
+    return registry.device_declines(v) or "this chain has no kernel yet"
+
+
+def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
+    """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
+    if dim == -1:
+        return ()
+    return tuple(n if i == dim % v.dim() else 1 for i, n in enumerate(v.shape))
+
+
+def _slices(x: Tensor, dim: int) -> Tensor:
+    """x as [before, n, after], n the size of `dim`; the whole as [1, 1, size] at -1."""
+    if dim == -1:
+        return x.reshape(1, 1, x.numel())
+    return x.reshape(x.shape[:dim].numel(), x.size(dim), x.shape[dim + 1 :].numel())
+
+
+def _sums(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> per slice: [1, n, 1]."""
+    if x.size(1) == 1:
+        return torch.dot(x.flatten(), y.flatten()).view(1, 1, 1)
+    products = x * y
+    # The leading dimension alone, first: up to twice as fast as both at once.
+    partial = products if x.size(0) == 1 else products.sum(0, keepdim=True)
+    return partial.sum(2, keepdim=True)
+
+
+def _divisor(norm: Tensor) -> Tensor:
+    return norm.masked_fill(norm == 0, torch.inf)  # the value and the gradients are 0 where v is
+
+
+def _norm(v: Tensor, dim: int) -> Tensor:
+    if v.numel() == 0:  # which torch's function refuses
+        return _sums(_slices(v, dim), _slices(v, dim))
+    return _divisor(torch.norm_except_dim(v, 2, dim)).view(1, -1, 1)
+
+
+def _fused(v: Tensor, dim: int) -> bool:
+    return dim in (0, v.dim() - 1) and v.numel() > 0
+
+
+def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Saved]:
+    registry.count("closed")
+    dtype = compute_dtype(v.dtype)
+    if v.device.type == "cpu" and _fused(v, dim):
+        w, norm = _torch_forward(v.contiguous(), g.contiguous(), dim)
+        if not norm.all():  # on the CPU nobody waits for this
+            w.masked_fill_(norm == 0, 0)
+            norm = _divisor(norm)
+        return w if rounded else w.to(dtype), (g, v, norm)
+    x = v.to(dtype).contiguous()
+    norm = _norm(x, dim)
+    w = _slices(x, dim) * (g.to(dtype).reshape(norm.shape) / norm)
+    return w.view(v.shape), (g, v, norm.view(g.shape))
+
+
+def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bool) -> Gradients:
+    # dg = <G, v>/‖v‖,  dv = g/‖v‖ (G - dg v/‖v‖)
+    g, v, norm = saved
+    if _fused(v, dim):
+        grad = grad.to(v.dtype).contiguous()
+        dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
+        return dg, dv
+    x, grad = _slices(v, dim).to(norm.dtype), _slices(grad, dim).to(norm.dtype)
+    norm = norm.view(1, -1, 1)
+    dg = _sums(grad, x) / norm
+    scale = g.to(norm.dtype).reshape(norm.shape) / norm
+    dv = (grad * scale).addcmul_(x, scale * dg / norm, value=-1)
+    return dg.view(g.shape), dv.reshape(v.shape)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients, differentiable: G, g, v, ‖v‖, dim -> dg, dv."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, g: Tensor, v: Tensor, *rest: Any) -> Gradients:
+        norm, ctx.dim = rest
+        dg, dv = _backward(grad, (g, v, norm), v.dtype, ctx.dim, True)
+        ctx.save_for_backward(grad, g, v, norm, dg)
+        return dg, dv
+
+    @staticmethod
+    def backward(ctx: Any, q: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
+        # With q, H the gradients of dg, dv; a = <G, v>/‖v‖, b = <H, v>/‖v‖, c = <H, G>, s = g/‖v‖:
+        # dG = s H + (q - s b) v/‖v‖,  dg = (c - a b)/‖v‖,
+        # dv = ((q - s b) G - s a H + (3 s a b - s c - q a) v/‖v‖)/‖v‖. Differentiable.
+        *gv, norm, a = ctx.saved_tensors
+        norm = _norm(gv[2], ctx.dim) if torch.is_grad_enabled() else norm.view(1, -1, 1)
+        grad, x, h = (_slices(t, ctx.dim) for t in (gv[0], gv[2], h))
+        g, q, a = (t.reshape(norm.shape) for t in (gv[1], q, a))
+        b, c, s = _sums(h, x) / norm, _sums(h, grad), g / norm
+        p = q - s * b
+        d_grad = torch.addcmul(h * s, x, p / norm)
+        dg = (c - a * b) / norm
+        dv = grad * (p / norm)
+        dv = dv.addcmul_(h, s * a / norm, value=-1)
+        dv = dv.addcmul_(x, (s * (3 * a * b - c) - q * a) / norm / norm)
+        shapes = [t.shape for t in gv]
+        grads = [t.reshape(shape) for t, shape in zip((d_grad, dg, dv), shapes, strict=True)]
+        return (*grads, None, None)
+
+
+def _graph(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bool) -> Gradients:
+    g, v, norm = saved
+    kind = norm.dtype
+    return _Gradients.apply(grad.to(kind), g.to(kind), v.to(kind), norm, dim)
+
+
+def _resume(w: Tensor, g: Tensor, v: Tensor, dim: int, rounded: bool) -> Saved:
+    norm = _norm(v.to(compute_dtype(v.dtype)), dim)
+    return g, v, norm.view(g.shape)
+
+
+_weight_norm = FusedMap(
+    "weight_norm",
+    "Tensor magnitude, Tensor v, int dim, bool rounded",
+    _forward,
+    _backward,
+    graph=_graph,
+    n_gradients=2,
+    like=1,
+    resume=_resume,
+)
+
+
+def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
+    """The weight g v/‖v‖, with one norm for every index of the link's dimension.
+
+    Equals ``torch.nn.utils.parametrizations._WeightNorm.forward``. Where ‖v‖ is zero, so are the
+    value and both gradients (torch: NaN).
+
+    Arguments:
+        link: a ``_WeightNorm``; its dim -1 means one norm for the whole tensor.
+        g: of the shape ``norm_shape(v, link.dim)`` and of v's dtype.
+        v: fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+
+    Returns:
+        A fresh contiguous tensor of v's shape and dtype, twice differentiable in g and v.
+
+    >>> link = torch.nn.utils.parametrizations._WeightNorm(0)
+    >>> weight_norm(link, torch.full((2, 1), 10.0), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[6., 8.],
+            [0., 0.]])
+    """
+    registry.path(kernel_declines(g, v))
+    dim = link.dim if link.dim >= -1 else link.dim + v.dim()
+    # torch's loops round a half once, but an operator's result has the compute dtype.
+    return _weight_norm(g, v, dim, not torch.compiler.is_compiling())
