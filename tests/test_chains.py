@@ -27,14 +27,14 @@ def tolerance(dtype: torch.dtype, baseline: float) -> float:
     """What an algorithm as stable as torch's own may be off by: 3 × torch's error, and rounding.
 
     `baseline` is the error of torch's own chain in fp32 on the same matrices; in fp64, where
-    torch's chain is the reference, its error is taken to shrink with eps. Where torch happens to
-    be exact, four eps of the compute dtype remain; in fp64 the reference itself is no better, which
-    makes it sixteen; rounding to 16 bits costs one eps of theirs.
+    torch's chain is the reference, its error is taken to shrink with eps, and counts twice. Where
+    torch happens to be exact, four eps of the compute dtype remain, in fp64 sixteen; rounding to
+    16 bits costs one eps of theirs.
     """
     compute = torch.promote_types(dtype, torch.float32)
     eps = torch.finfo(compute).eps
     floor = (16 if compute == torch.float64 else 4) * eps
-    scale = eps / torch.finfo(torch.float32).eps
+    scale = eps / torch.finfo(torch.float32).eps * (2 if compute == torch.float64 else 1)
     return 3 * baseline * scale + floor + (torch.finfo(dtype).eps if dtype != compute else 0.0)
 
 

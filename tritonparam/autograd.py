@@ -60,10 +60,12 @@ class FusedMap:
         dtype = args[self.like].dtype
         if torch.compiler.is_compiling():
             return self._operator(*args).to(dtype)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in args[: self.n_gradients]):
-            return _Function.apply(self, *args).to(dtype)
-        with no_autocast(args[0]):
-            return self.forward(*args)[0].to(dtype)
+        if torch.is_grad_enabled() and any([x.requires_grad for x in args[: self.n_gradients]]):
+            y = _Function.apply(self, *args)
+        else:
+            with no_autocast(args[0]):
+                y, _ = self.forward(*args)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def _define(self, schema: str) -> Callable[..., Tensor]:
         def forward(*args: Any) -> Tensor:

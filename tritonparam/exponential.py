@@ -101,13 +101,21 @@ def expm(a: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     mu = _shift(a.detach()) if kind == "symmetric" else None
     if mu is not None:
         a = a - mu * identity_like(a)
+    even_odd = _is_even_odd(kind, a)
     square = torch.bmm(a, a)
-    cube = None if _is_even_odd(kind, a) else torch.bmm(square, a)
-    scale, active, degree = _scaling(a, square, cube, kind)
+    third = torch.bmm(square, square if even_odd else a)  # A⁴ or A³
+    scale, active, degree = _scaling(a.detach(), square.detach(), third.detach(), kind)
     if scale is not None:
-        a, square = a * scale, square * (scale * scale)
-        cube = None if cube is None else cube * (scale * scale * scale)
-    y, core = _even_odd(a, square, kind) if cube is None else _taylor(a, square, cube, degree)
+        scale2 = scale * scale
+        a, square, third = (
+            a * scale,
+            square * scale2,
+            third * (scale2 * (scale2 if even_odd else scale)),
+        )
+    if even_odd:
+        y, core = _even_odd(a, square, third, kind)
+    else:
+        y, core = _taylor(a, square, third, degree)
     if kind == "symmetric":
         y = _symmetrized(y) / 2
     growth = None
@@ -147,6 +155,11 @@ def adjoint(g: Tensor, saved: Saved, kind: Kind) -> Tensor:
     return h if scale is None else h * scale
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether the host may look at values of x without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def _shift(a: Tensor) -> Tensor | None:
     """μ [b, 1, 1]: the mean eigenvalue where it is negative, else 0; None where it is not worth it.
 
@@ -154,7 +167,7 @@ def _shift(a: Tensor) -> Tensor | None:
     are negative. Where the largest is positive it is what counts, and a shift only adds rounding.
     """
     mu = a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(-500, 0)[:, None, None]
-    return None if a.device.type == "cpu" and not bool((mu < -1).any()) else mu
+    return None if on_host(a) and not bool((mu < -1).any()) else mu
 
 
 def _is_even_odd(kind: Kind, x: Tensor) -> bool:
@@ -162,16 +175,19 @@ def _is_even_odd(kind: Kind, x: Tensor) -> bool:
 
 
 def _scaling(
-    a: Tensor, square: Tensor, cube: Tensor | None, kind: Kind
+    a: Tensor, square: Tensor, third: Tensor, kind: Kind
 ) -> tuple[Tensor | None, list[Tensor | None], int]:
     """2^-s, what each round squares, and the degree of Taylor's polynomial.
 
     2^-s is a scalar or [b, 1, 1], None where nothing is scaled. A round squares all matrices
     (None), those of an index, or those of a mask; later rounds square at least as many.
     """
-    norm = _norm(a.detach(), square.detach(), None if cube is None else cube.detach(), kind)
-    theta = _EVEN_ODD_THETA if cube is None else _TAYLOR_THETA[a.dtype][18]
-    if a.device.type == "cpu":
+    if even_odd := _is_even_odd(kind, a):
+        norm = _norm_of_fourth_root(third, kind)
+    else:
+        norm = _norm(a, square, third, kind)
+    theta = _EVEN_ODD_THETA if even_odd else _TAYLOR_THETA[a.dtype][18]
+    if on_host(a):
         norms = norm.tolist()
         counts = [_count(x, theta) for x in norms]
         top = max(counts)
@@ -187,7 +203,20 @@ def _scaling(
     return scale[:, None, None], [*masks], 18
 
 
-def _norm(a: Tensor, square: Tensor, cube: Tensor | None, kind: Kind) -> Tensor:
+def _norm_of_fourth_root(fourth: Tensor, kind: Kind) -> Tensor:
+    """‖A⁴‖_F^(1/4), a bound of ‖A‖ for normal A and nearly tight.
+
+    The eigenvalues of a skew matrix come in pairs, which halves ‖A⁴‖_F².
+    """
+    norm = torch.linalg.vector_norm(fourth, dim=(-2, -1))
+    if on_host(fourth) and not math.isfinite(norm.sum().item()):
+        norm = torch.linalg.vector_norm(fourth, 1, dim=-1).amax(-1)  # squares overflow earlier
+    elif kind == "skew":
+        norm *= 0.5**0.5
+    return norm.pow_(0.25)
+
+
+def _norm(a: Tensor, square: Tensor, cube: Tensor, kind: Kind) -> Tensor:
     """What stands for ‖A‖ in the truncation: ‖A²‖^(1/2), or more for matrices that are not normal.
 
     For those max(‖A²‖^(1/2), ‖A³‖^(1/3)) bounds the remainder (Al-Mohy & Higham, "A new scaling
@@ -195,7 +224,7 @@ def _norm(a: Tensor, square: Tensor, cube: Tensor | None, kind: Kind) -> Tensor:
     quarter of ‖A‖, beyond which the polynomial itself cancels.
     """
     d2 = _bound(square).sqrt()
-    if kind != "general" or cube is None:
+    if kind != "general":
         return d2
     norm = torch.minimum(_bound(a), torch.linalg.vector_norm(a, 1, dim=-2).amax(-1))
     return torch.minimum(torch.maximum(torch.maximum(d2, _bound(cube) ** (1 / 3)), norm / 4), norm)
@@ -243,17 +272,20 @@ def _coefficients(table: Table, dtype: torch.dtype, device: torch.device) -> Ten
         return torch.tensor(table, dtype=dtype, device=device)
 
 
+def _t(x: Tensor) -> Tensor:
+    return x.transpose(-2, -1)  # what x.mT calls in the end
+
+
 def _symmetrized(x: Tensor) -> Tensor:
-    return x + x.mT
+    return x + _t(x)
 
 
-def _even_odd(a: Tensor, b: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
+def _even_odd(a: Tensor, b: Tensor, b2: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     """C + A S with C = 1 + c(B) + B³ c'(B) and S likewise, B = A²."""
-    b2 = torch.bmm(b, b)
     b3 = torch.bmm(b, b2)
     rows = _combined(_EVEN_ODD[kind], (b, b2, b3))
-    rows[:2].diagonal(dim1=-2, dim2=-1).add_(1)
-    low_c, low_s, high_c, high_s = rows
+    rows[:2].diagonal(0, -2, -1).add_(1)
+    low_c, low_s, high_c, high_s = rows.unbind()
     c = torch.baddbmm(low_c, b3, high_c)
     s = torch.baddbmm(low_s, b3, high_s)
     return torch.baddbmm(c, a, s), (a, b, b2, b3, high_c, high_s, s)
@@ -261,27 +293,34 @@ def _even_odd(a: Tensor, b: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
 
 def _even_odd_adjoint(g: Tensor, core: Saved, kind: Kind) -> Tensor:
     a, b, b2, b3, high_c, high_s, s = _present(core)
+    at = _t(a)
     # Twice the gradients of C and of A S. B's powers are symmetric, and of the gradients in them
     # the symmetric parts count: x + xᵀ of half a product.
     gc = gk = g
     if kind == "skew":
-        gc, gk = g + g.mT, g - g.mT
-    gs = _symmetrized(_half(a.mT, gk))
-    g_high = _symmetrized(_half(b3, gc)), _symmetrized(_half(b3, gs))
-    gb, gb2, gb3 = _combined(_EVEN_ODD[kind], (gc, gs, *g_high), adjoint=True)
+        gt = _t(g)
+        gc, gk = g + gt, g - gt
+    gs = _symmetrized(_half(at, gk))
+    if len(g) == 1:  # one call for two products
+        g_low = torch.cat((gc, gs))
+        g_high = _symmetrized(_half(b3.expand_as(g_low), g_low))
+        gs_all = (*g_low.split(1), *g_high.split(1))
+    else:
+        gs_all = (gc, gs, _symmetrized(_half(b3, gc)), _symmetrized(_half(b3, gs)))
+    gb, gb2, gb3 = _combined(_EVEN_ODD[kind], gs_all, adjoint=True).unbind()
     x = torch.baddbmm(gb3, gc, high_c, beta=0.5, alpha=0.5)
     gb3 = _symmetrized(torch.baddbmm(x, gs, high_s, alpha=0.5))
     gb2 = _symmetrized(torch.baddbmm(gb2, b, gb3, beta=0.5, alpha=0.5))
     x = torch.baddbmm(gb, gb3, b2, beta=0.5, alpha=0.5)
     gb = _symmetrized(torch.baddbmm(x, gb2, b))
     if kind == "skew":
-        return torch.baddbmm(_half(gk, s), gb, a.mT)
+        return torch.baddbmm(_half(gk, s), gb, at)
     return torch.baddbmm(torch.bmm(gk, s), gb, a, alpha=2)
 
 
 def _half(x: Tensor, y: Tensor) -> Tensor:
     """x y / 2 in one call."""
-    return torch.baddbmm(x, x, y, beta=0, alpha=0.5)
+    return torch.baddbmm(y, x, y, beta=0, alpha=0.5)
 
 
 def _taylor(a: Tensor, a2: Tensor, a3: Tensor, degree: int) -> tuple[Tensor, Saved]:

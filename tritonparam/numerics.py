@@ -10,6 +10,7 @@ from torch import Tensor
 # Batched LU on the CPU with several threads raises or is silently wrong for n > 150
 # (pytorch #142815); one matrix at a time is right, and from here on costs nothing.
 _MAX_BATCHED_LU = 128
+_NOTHING = nullcontext()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +23,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 def identity_like(x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def as_batch(x: Tensor) -> Tensor:
 
 
 def _one_by_one(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dim() > 2 and x.size(-1) > _MAX_BATCHED_LU and x.numel() > 0
+    return x.dim() > 2 and x.size(-1) > _MAX_BATCHED_LU and x.is_cpu and x.numel() > 0
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def inverse_definite(a: Tensor) -> Tensor:
 def _leaf(a: Tensor) -> int | None:
     """The size of block that LAPACK inverts, or None where blocks gain nothing (1, 2 threads)."""
     n = a.size(-1)
-    if n < 48 or a.device.type != "cpu" or a.numel() == 0:
+    if n < 48 or not a.is_cpu or a.numel() == 0:
         return None
     return 16 if a.numel() >= 32 * n * n else 64 if n >= 384 else None
 

@@ -78,7 +78,7 @@ class Orthogonal(nn.Module):
         t = t if is_orthonormal(t, q.dtype) else _projected(t)
         square = t.size(-1) == t.size(-2)
         if self.orthogonal_map == "householder" and not (square and self.use_trivialization):
-            t = _reflectors(t)
+            t = reflectors(t)
         t = (t if q.size(-2) >= q.size(-1) else t.mT).to(q.dtype)
         t = t.clone(memory_format=torch.contiguous_format)
         if not self.use_trivialization:
@@ -156,13 +156,19 @@ def _projected(q: Tensor) -> Tensor:
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-def _reflectors(q: Tensor) -> Tensor:
-    """Householder reflectors below the diagonal and signs on it, whose product is q."""
-    a, tau = torch.geqrf(q)
-    d = a.diagonal(dim1=-2, dim2=-1)
-    # H_j = I where LAPACK needs none; a reflector of zeros is -1 there, which the sign undoes.
-    d.copy_(torch.where(d < 0, -1.0, 1.0) * torch.where(tau == 0, -1.0, 1.0))
-    return a
+def reflectors(q: Tensor) -> Tensor:
+    """Householder reflectors below the diagonal and signs on it, whose product is q, in fp64.
+
+    q is [..., n, k], n >= k, with orthonormal columns; of another matrix with independent columns
+    the product is the factor Q in q = QR with a positive diagonal of R.
+    """
+    a, tau = torch.geqrf(q.double())
+    signs = torch.where(a.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(a.dtype)
+    # LAPACK's tau = 0 is no reflection at all; ours with v = eᵢ reflects eᵢ.
+    signs = torch.where(tau == 0, -signs, signs)
+    x = a.tril(-1)
+    x.diagonal(dim1=-2, dim2=-1).copy_(signs)
+    return x
 
 
 def _lower(x: Tensor) -> tuple[Tensor, Tensor]:

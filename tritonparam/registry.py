@@ -153,6 +153,11 @@ def device_declines(x: Tensor) -> str:
     return ""
 
 
+def no_kernel(x: Tensor, *more: Tensor) -> str:
+    """Why no Triton kernel takes a chain that has none, wherever its tensors are."""
+    return device_declines(x) or "this chain has no kernel yet"
+
+
 def _interpreted() -> bool:
     from tritonparam import kernels
 

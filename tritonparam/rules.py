@@ -20,13 +20,14 @@ from tritonparam.ops import (
     weight_norm,
 )
 from tritonparam.orthogonal import Orthogonal, tall
-from tritonparam.registry import Rule
+from tritonparam.registry import Rule, no_kernel
+
+_NO_SIGNS = object()  # an alias has none
 
 
 def _signature(links: Sequence[nn.Module], w: Tensor) -> Any:
-    if hasattr(links[1], "signature"):
-        return links[1].signature
-    return w.new_ones(()).expand(w.shape[:-1])  # an alias, without signs
+    d = getattr(links[1], "signature", _NO_SIGNS)
+    return w.new_ones(()).expand(w.shape[:-1]) if d is _NO_SIGNS else d
 
 
 def _skew_cayley(links: Sequence[nn.Module], w: Tensor) -> Tensor:
@@ -123,41 +124,41 @@ RULES = (
         chain=(Skew, MatrixExponential),
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
     Rule(
         name="symmetric_exp",
         chain=(Symmetric, MatrixExponential),
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
     Rule(
         name="matrix_exp",
         chain=(MatrixExponential,),
         op=lambda links, a: expm.matrix_exp(a),
         declines=_square_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
     Rule(
         name="orthogonal",
         chain=(Orthogonal,),
         op=_orthogonal,
         declines=_orthogonal_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
     Rule(
         name="spectral_norm",
         chain=(_SpectralNorm,),
         op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
         declines=_spectral_norm_declines,
-        kernel_declines=spectral_norm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
     Rule(
         name="weight_norm",
         chain=(_WeightNorm,),
         op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
         declines=_weight_norm_declines,
-        kernel_declines=weight_norm.kernel_declines,
+        kernel_declines=no_kernel,
     ),
 )

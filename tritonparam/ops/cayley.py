@@ -36,13 +36,13 @@ def _load() -> Any:
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
     # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹.
-    upper = w.to(compute_dtype(w.dtype)).triu(1)
-    a = torch.sub(upper.mT, upper, out=torch.empty_like(upper))  # by rows, as the result shall be
-    a.diagonal(dim1=-2, dim2=-1).fill_(1)
+    lower = w.to(compute_dtype(w.dtype)).mT.tril(-1)
+    a = lower - lower.mT  # by rows, as the result shall be
+    a.diagonal(0, -2, -1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
-    nan = upper.sum((-2, -1), keepdim=True) * 0
-    q = inverse_definite(a) * torch.add(nan, d.unsqueeze(-2), alpha=2)
-    q.diagonal(dim1=-2, dim2=-1).sub_(d)
+    nan = lower.sum((-2, -1), keepdim=True).mul_(0)
+    q = inverse_definite(a) * nan.add(d.unsqueeze(-2), alpha=2)
+    q.diagonal(0, -2, -1).sub_(d)
     return q
 
 

@@ -14,11 +14,6 @@ from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
 
 
-def kernel_declines(w: Tensor) -> str:
-    """Why the Triton kernel cannot take w, or the empty string."""
-    return registry.device_declines(w) or "this chain has no kernel yet"
-
-
 def _argument(w: Tensor, kind: Kind) -> Tensor:
     """What is exponentiated, [b, n, n] in the compute dtype."""
     x = as_batch(w.to(compute_dtype(w.dtype)))
@@ -29,7 +24,7 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
 
 
 def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(w)))
+    registry.count(registry.path(registry.no_kernel(w)))
     return _value(w, kind)
 
 

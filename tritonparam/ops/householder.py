@@ -18,11 +18,6 @@ Factors = tuple[Tensor, Tensor, Tensor]
 Saved = tuple[Tensor, ...]
 
 
-def kernel_declines(*xs: Tensor) -> str:
-    """Why the Triton kernel cannot take xs, or the empty string."""
-    return registry.device_declines(xs[0]) or "this chain has no kernel yet"
-
-
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """V [..., n, k] and d [..., k]; the sign of zero is +1, of what is not finite NaN."""
     v = x.tril(-1)
@@ -91,7 +86,7 @@ def _again(x: Tensor, n: Tensor, dtype: torch.dtype) -> Factors:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(x)))
+    registry.count(registry.path(registry.no_kernel(x)))
     factors = _factors(x.to(compute_dtype(x.dtype)))
     y = _small(factors)
     return _value(factors, y), (x, factors[2], y)
@@ -182,24 +177,3 @@ def householder_at(x: Tensor, base: Tensor) -> Tensor:
         differentiable in x.
     """
     return _householder_at(x, base)
-
-
-@torch.no_grad()
-def reflectors(q: Tensor) -> Tensor:
-    """The x, below the diagonal and signs on it, such that householder(x) is q, in fp64.
-
-    Arguments:
-        q: [..., n, k] with n >= k and orthonormal columns, of any floating dtype. Of another
-            matrix with independent columns it is the factor Q in q = QR with a positive diag(R).
-
-    >>> q = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64)).Q
-    >>> torch.allclose(householder(reflectors(q)), q)
-    True
-    """
-    a, tau = torch.geqrf(q.double())
-    signs = torch.where(a.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(a.dtype)
-    # LAPACK's tau = 0 is no reflection at all; ours with v = eᵢ reflects eᵢ.
-    signs = torch.where(tau == 0, -signs, signs)
-    x = a.tril(-1)
-    x.diagonal(dim1=-2, dim2=-1).copy_(signs)
-    return x

@@ -14,11 +14,6 @@ from tritonparam.autograd import FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype, no_autocast
 
 
-def kernel_declines(w: Tensor) -> str:
-    """Why the Triton kernel cannot take w; as yet there is none."""
-    return registry.device_declines(w) or "this chain has no kernel yet"
-
-
 def _matrix(w: Tensor, dim: int) -> Tensor:
     return (w.movedim(dim, 0) if dim else w).flatten(1)  # [w.size(dim), the rest]
 
@@ -125,7 +120,7 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     >>> spectral_norm(link.eval(), 3 * torch.eye(2)).norm()
     tensor(1.4142)
     """
-    registry.path(kernel_declines(w))
+    registry.path(registry.no_kernel(w))
     x = w.to(compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():

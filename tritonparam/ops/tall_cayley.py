@@ -22,11 +22,6 @@ Saved = tuple[Tensor, ...]
 _MAX_CONDITION = 2.0  # of S, ‖S‖_F ‖M‖_F / k, up to which fp32 is as exact as the n×n system
 
 
-def kernel_declines(*xs: Tensor) -> str:
-    """Why the Triton kernel cannot take xs, or the empty string."""
-    return registry.device_declines(xs[0]) or "this chain has no kernel yet"
-
-
 def _system(c: Tensor, p: Tensor, a: float) -> Tensor:
     # S for Ω = C - Cᵀ
     s = a * a * (p.mT @ p) - a * (c - c.mT)
@@ -85,7 +80,7 @@ def _resume(q: Tensor, x: Tensor, a: float) -> Saved:
 
 
 def _forward(x: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(x)))
+    registry.count(registry.path(registry.no_kernel(x)))
     (_, p), m = _inverse(lambda dtype: _rows(x.to(dtype)), x, a)
     q = torch.cat([_cosine(m), p @ (2 * a * m)], -2)
     return q.to(compute_dtype(x.dtype)), (x, m)
@@ -126,7 +121,7 @@ def _resume_at(w: Tensor, x: Tensor, base: Tensor, a: float) -> Saved:
 
 
 def _forward_at(x: Tensor, base: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(x, base)))
+    registry.count(registry.path(registry.no_kernel(x)))
     (c, p), m = _inverse_at(x, base, a)
     w = (base.to(m.dtype) @ _cosine(m)).add_(p @ (2 * a * m))
     return w.to(compute_dtype(x.dtype)), (x, base, c, m)

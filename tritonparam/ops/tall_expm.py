@@ -13,11 +13,6 @@ from tritonparam.exponential import Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype, identity_like
 
 
-def kernel_declines(x: Tensor, *base: Tensor) -> str:
-    """Why the Triton kernel cannot take x, or the empty string."""
-    return registry.device_declines(x) or "this chain has no kernel yet"
-
-
 def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """E_top and E_bottom / b of exp([[Ω, -C/b], [b I, 0]]), C = PᵀP, [..., k, k] each.
 
@@ -89,12 +84,12 @@ def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(x)))
+    registry.count(registry.path(registry.no_kernel(x)))
     return _value(x)
 
 
 def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(kernel_declines(x)))
+    registry.count(registry.path(registry.no_kernel(x)))
     return _value_at(x, base)
 
 

@@ -17,11 +17,6 @@ _torch_forward = torch.ops.aten._weight_norm_interface.default
 _torch_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
-def kernel_declines(g: Tensor, v: Tensor) -> str:
-    """Why the Triton kernel cannot take g and v; as yet there is none."""
-    return registry.device_declines(v) or "this chain has no kernel yet"
-
-
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
     if dim == -1:
@@ -163,7 +158,7 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    registry.path(kernel_declines(g, v))
+    registry.path(registry.no_kernel(g))
     dim = link.dim if link.dim >= -1 else link.dim + v.dim()
     # torch's loops round a half once, but an operator's result has the compute dtype.
     return _weight_norm(g, v, dim, not torch.compiler.is_compiling())
