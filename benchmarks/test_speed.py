@@ -34,7 +34,7 @@ OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
 ROUNDS = 30
 WARM_UP = 5
 # Seconds: above the first nothing is compiled, beyond the second a contender gets fewer rounds.
-SLOW, LONGEST = 0.5, 20.0
+SLOW, LONGEST = 0.3, 20.0
 
 Contender = Callable[[], None]
 

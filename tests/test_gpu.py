@@ -29,6 +29,22 @@ def test_the_kernel_never_synchronises(case, shape):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_closed_forms_never_synchronise(case):
+    shape = case.shape(64)
+    module = case.module(case.original(shape, 5.0, torch.float32).cuda())
+    g = torch.randn(shape, device="cuda")
+    expected = fused(module, g, "closed")  # makes the tables of coefficients
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = fused(module, g, "closed")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @chains
 @pytest.mark.parametrize("shape", [(16, 8, 8), (16, 32, 32), (64, 64)])
 def test_capture_and_replay(case, shape):

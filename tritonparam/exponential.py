@@ -116,8 +116,9 @@ def expm(a: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
         y, core = _even_odd(a, square, third, kind)
     else:
         y, core = _taylor(a, square, third, degree)
+        y = y / 2 if kind == "symmetric" else y
     if kind == "symmetric":
-        y = _symmetrized(y) / 2
+        y = _symmetrized(y)  # of half the polynomial
     growth = None
     squared: list[Tensor | None] = []
     for left in range(len(active), -1, -1):  # squarings that are to come
@@ -130,7 +131,7 @@ def expm(a: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
             squared += [y, active[-left]]
             y = _square(y, active[-left])
     if kind == "symmetric" and active:
-        y = _symmetrized(y) / 2
+        y = _symmetrized(y).mul_(0.5)
     return y, (scale, growth, *core, *squared)
 
 
@@ -144,14 +145,17 @@ def adjoint(g: Tensor, saved: Saved, kind: Kind) -> Tensor:
         return g if not saved or saved[0] is None else g * saved[0]
     (scale, growth), core, squared = saved[:2], saved[2:9], saved[9:]
     if kind == "symmetric":
-        g = _symmetrized(g) / 2
+        g = _symmetrized(g)  # twice what counts, until the polynomial's adjoint halves it
     rounds = len(squared) // 2
     for left in range(rounds + 1):
         if left:
             g = _square_adjoint(g, squared[-2 * left], squared[1 - 2 * left], kind)
         if growth is not None and left == min(rounds, 3):
             g = g * growth
-    h = _even_odd_adjoint(g, core, kind) if _is_even_odd(kind, g) else _taylor_adjoint(g, core)
+    if _is_even_odd(kind, g):
+        h = _even_odd_adjoint(g, core, kind)
+    else:
+        h = _taylor_adjoint(g / 2 if kind == "symmetric" else g, core)
     return h if scale is None else h * scale
 
 
@@ -166,8 +170,10 @@ def _shift(a: Tensor) -> Tensor | None:
     exp(S) = e^μ exp(S - μ I) saves the digits that the polynomial cancels where all eigenvalues
     are negative. Where the largest is positive it is what counts, and a shift only adds rounding.
     """
-    mu = a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(-500, 0)[:, None, None]
-    return None if on_host(a) and not bool((mu < -1).any()) else mu
+    mean = a.diagonal(0, -2, -1).mean(-1)
+    if on_host(a) and not mean.min().item() < -1:
+        return None
+    return mean.clamp(-500, 0)[:, None, None]
 
 
 def _is_even_odd(kind: Kind, x: Tensor) -> bool:
@@ -281,21 +287,22 @@ def _symmetrized(x: Tensor) -> Tensor:
 
 
 def _even_odd(a: Tensor, b: Tensor, b2: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
-    """C + A S with C = 1 + c(B) + B³ c'(B) and S likewise, B = A²."""
+    """C + A S, half of it for a symmetric A; C = 1 + c(B) + B³ c'(B) and S likewise, B = A²."""
     b3 = torch.bmm(b, b2)
     rows = _combined(_EVEN_ODD[kind], (b, b2, b3))
     rows[:2].diagonal(0, -2, -1).add_(1)
     low_c, low_s, high_c, high_s = rows.unbind()
     c = torch.baddbmm(low_c, b3, high_c)
     s = torch.baddbmm(low_s, b3, high_s)
-    return torch.baddbmm(c, a, s), (a, b, b2, b3, high_c, high_s, s)
+    half = 0.5 if kind == "symmetric" else 1.0
+    return torch.baddbmm(c, a, s, beta=half, alpha=half), (a, b, b2, b3, high_c, high_s, s)
 
 
 def _even_odd_adjoint(g: Tensor, core: Saved, kind: Kind) -> Tensor:
     a, b, b2, b3, high_c, high_s, s = _present(core)
     at = _t(a)
-    # Twice the gradients of C and of A S. B's powers are symmetric, and of the gradients in them
-    # the symmetric parts count: x + xᵀ of half a product.
+    # gc, gk: twice the gradients of C and of A S. B's powers are symmetric, and of the gradients
+    # in them the symmetric parts count: x + xᵀ of half a product.
     gc = gk = g
     if kind == "skew":
         gt = _t(g)
@@ -313,9 +320,7 @@ def _even_odd_adjoint(g: Tensor, core: Saved, kind: Kind) -> Tensor:
     gb2 = _symmetrized(torch.baddbmm(gb2, b, gb3, beta=0.5, alpha=0.5))
     x = torch.baddbmm(gb, gb3, b2, beta=0.5, alpha=0.5)
     gb = _symmetrized(torch.baddbmm(x, gb2, b))
-    if kind == "skew":
-        return torch.baddbmm(_half(gk, s), gb, at)
-    return torch.baddbmm(torch.bmm(gk, s), gb, a, alpha=2)
+    return torch.baddbmm(_half(gk, s), gb, at)
 
 
 def _half(x: Tensor, y: Tensor) -> Tensor:
