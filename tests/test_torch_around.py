@@ -23,6 +23,7 @@ def layer_of(n: int = 5) -> nn.Module:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_compile_fullgraph(case, backend, dtype, device):
+    torch.compiler.reset()  # every case compiles the same code object anew
     module = case.module(case.original(case.shape(6), 1.0, dtype).to(device))
     originals = list(module.parametrizations.weight.parameters())
 
@@ -127,6 +128,8 @@ def test_create_graph_and_double_backward(case, device):
             dxs = torch.autograd.grad((copy.weight * g).sum(), xs, create_graph=True)
         penalty = sum(dx.square().sum() for dx in dxs)
         results.append(torch.autograd.grad(penalty, xs))
+    if case.name == "weight_norm":
+        pytest.skip("torch holds the norms constant; test_norms has the second derivatives")
     for mine, theirs in zip(results[1], results[0], strict=True):
         assert error(mine, theirs) <= 1e-5
 
