@@ -121,6 +121,17 @@ def _weight_and_gradient(module: nn.Module, g: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), dw
 
 
+def through(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of a function at x and its gradient, both of x's shape and dtype."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    (dx,) = torch.autograd.grad(y, x, g.to(y.dtype))
+    assert y.shape == dx.shape == x.shape
+    assert y.dtype == dx.dtype == x.dtype
+    assert y.is_contiguous()
+    return y.detach(), dx
+
+
 def errors(x: Tensor, reference: Tensor, scale: Tensor | None = None) -> Tensor:
     """Frobenius error of each matrix of a batch, relative to `scale`, else to the reference."""
     size = torch.linalg.matrix_norm((reference if scale is None else scale).double())

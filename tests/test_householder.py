@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tests.cases import error, errors
+from tests.cases import error, errors, through
 from tritonparam.ops.householder import householder, householder_at
 from tritonparam.orthogonal import reflectors
 
@@ -37,20 +37,6 @@ def full(base):
     return h * torch.cat([signs(base), torch.ones(*base.shape[:-2], n - k)], -1).unsqueeze(-2)
 
 
-def run(function, x, g):
-    x = x.detach().requires_grad_()
-    q = function(x)
-    (dx,) = torch.autograd.grad(q, x, g.to(q.dtype))
-    assert q.shape == dx.shape == x.shape
-    assert q.dtype == dx.dtype == x.dtype
-    assert q.is_contiguous()
-    return q.detach(), dx
-
-
-def like(x):
-    return torch.randn(x.shape, dtype=x.dtype)
-
-
 def check(x, g, base=None):
     """Value and gradient are those of the n×n formula, in fp64.
 
@@ -61,7 +47,7 @@ def check(x, g, base=None):
         h = full(base)
         ours, reference = lambda x: householder_at(x, base), lambda x: h @ product(x)
     assert x.dtype == torch.float64
-    for out, want in zip(run(ours, x, g), run(reference, x, g), strict=True):
+    for out, want in zip(through(ours, x, g), through(reference, x, g), strict=True):
         assert error(out, want) <= 200 * torch.finfo(torch.float64).eps
 
 
@@ -69,15 +55,15 @@ def check(x, g, base=None):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_product(shape, norm):
     x = norm * torch.randn(shape, dtype=torch.float64)
-    check(x, like(x))
-    check(x, like(x), base=like(x))
+    check(x, torch.randn_like(x))
+    check(x, torch.randn_like(x), base=torch.randn_like(x))
 
 
 @pytest.mark.parametrize("shape", EMPTY)
 def test_empty(shape):
     x = torch.randn(shape)
-    run(householder, x, x)
-    run(lambda x: householder_at(x, x.detach()), x, x)
+    through(householder, x, x)
+    through(lambda x: householder_at(x, x.detach()), x, x)
     assert reflectors(x).shape == shape
 
 
@@ -89,8 +75,8 @@ def test_any_strides():
         torch.randn(2, 4, 3, 9, dtype=torch.float64).permute(2, 0, 3, 1),
     ):
         assert not x.is_contiguous()
-        check(x, like(x).mT.contiguous().mT)
-        check(x, like(x), base=x.flip(-1))
+        check(x, torch.randn_like(x).mT.contiguous().mT)
+        check(x, torch.randn_like(x), base=x.flip(-1))
     x = torch.randn(9, 4, dtype=torch.float64)
     check(x, torch.ones((), dtype=torch.float64).expand(9, 4))
 
@@ -98,7 +84,7 @@ def test_any_strides():
 def test_diagonal_is_a_sign():
     x = torch.randn(5, 4, dtype=torch.float64)
     x.diagonal().copy_(torch.tensor([0.4, -0.4, 0.0, -0.0]))
-    q, dx = run(householder, x, like(x))
+    q, dx = through(householder, x, torch.randn_like(x))
     x.diagonal().copy_(torch.tensor([1.0, -7.0, 1.0, 1.0]))
     assert torch.equal(q, householder(x))
     assert not dx.triu().any()
@@ -107,7 +93,7 @@ def test_diagonal_is_a_sign():
 def test_above_the_diagonal_nothing_is_read():
     x, g = torch.randn(6, 4), torch.randn(6, 4)
     above = torch.where(torch.ones(6, 4).triu(1) > 0, torch.nan, x)
-    for out, want in zip(run(householder, above, g), run(householder, x, g), strict=True):
+    for out, want in zip(through(householder, above, g), through(householder, x, g), strict=True):
         assert torch.equal(out, want)
 
 
@@ -120,14 +106,16 @@ def nearly_parallel(n, k):
 def test_fp32_is_as_exact_as_torch(shape, norm):
     x = nearly_parallel(*shape) if norm == "parallel" else norm * torch.randn(shape)
     g = torch.randn(shape)
-    exact = run(product, x.double(), g)
+    exact = through(product, x.double(), g)
     # 5e-7, eight roundings to fp32, where torch happens to be nearly exact.
-    for out, baseline, want in zip(run(householder, x, g), run(product, x, g), exact, strict=True):
+    for out, baseline, want in zip(
+        through(householder, x, g), through(product, x, g), exact, strict=True
+    ):
         assert error(out, want) <= max(1.5 * error(baseline, want), 5e-7)
     # The same roundings, and those of the base.
     base = torch.randn(shape)
-    exact = run(lambda x: full(base.double()) @ product(x), x.double(), g)
-    for out, want in zip(run(lambda x: householder_at(x, base), x, g), exact, strict=True):
+    exact = through(lambda x: full(base.double()) @ product(x), x.double(), g)
+    for out, want in zip(through(lambda x: householder_at(x, base), x, g), exact, strict=True):
         assert error(out, want) <= 1.5e-6
 
 
@@ -145,8 +133,8 @@ def test_columns_are_orthonormal(shape, norm):
 def test_low_precision_is_computed_in_fp32(dtype):
     x, g, base = (torch.randn(2, 9, 4).to(dtype) for _ in range(3))
     for function in (householder, lambda x: householder_at(x, base)):
-        want = run(function, x.float(), g.float())
-        for out, exact in zip(run(function, x, g), want, strict=True):
+        want = through(function, x.float(), g.float())
+        for out, exact in zip(through(function, x, g), want, strict=True):
             assert torch.equal(out, exact.to(dtype))
 
 
@@ -155,10 +143,10 @@ def test_low_precision_is_computed_in_fp32(dtype):
 def test_nan_stays_in_its_matrix(place, bad):
     x, g, base = torch.randn(3, 3, 7, 5)
     for function in (householder, lambda x: householder_at(x, base)):
-        clean = run(function, x, g)
+        clean = through(function, x, g)
         broken = x.clone()
         broken[1][place] = bad
-        for out, want in zip(run(function, broken, g), clean, strict=True):
+        for out, want in zip(through(function, broken, g), clean, strict=True):
             assert out[1].isnan().any()
             assert torch.equal(out[[0, 2]], want[[0, 2]])
 
@@ -166,7 +154,7 @@ def test_nan_stays_in_its_matrix(place, bad):
 @pytest.mark.parametrize("shape", [(4, 4), (5, 2), (2, 4, 3)])
 def test_gradcheck(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    base = like(x)
+    base = torch.randn_like(x)
     for function in (householder, lambda x: householder_at(x, base)):
         assert torch.autograd.gradcheck(function, x)
         assert torch.autograd.gradgradcheck(function, x)
@@ -180,22 +168,22 @@ def test_create_graph_gives_the_same_gradient(dtype):
         (dx,) = torch.autograd.grad(function(leaf), leaf, g, create_graph=True)
         assert dx.requires_grad
         # The same operators run, on the same numbers.
-        assert torch.equal(dx, run(function, x, g)[1])
+        assert torch.equal(dx, through(function, x, g)[1])
 
 
 def test_gradient_is_linear():
     x, g, base = torch.randn(3, 40, 7)
     for function in (householder, lambda x: householder_at(x, base)):
-        _, dx = run(function, x, g)
+        _, dx = through(function, x, g)
         for scale in (2.0**-20, 2.0**20):
-            assert torch.equal(run(function, x, scale * g)[1], scale * dx)
+            assert torch.equal(through(function, x, scale * g)[1], scale * dx)
 
 
 def test_compiles():
     x, g, base = torch.randn(3, 2, 9, 4)
     for function in (householder, lambda x: householder_at(x, base)):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for out, want in zip(run(compiled, x, g), run(function, x, g), strict=True):
+        for out, want in zip(through(compiled, x, g), through(function, x, g), strict=True):
             assert torch.equal(out, want)
 
 

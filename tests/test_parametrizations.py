@@ -243,6 +243,8 @@ def test_chains_are_fused_where_they_match():
     row = tp.explain(module)[0]
     assert row.path == "closed"
     assert "Pruning is composed" in row.reason
+    with tp.use_path("composed"):
+        assert tp.explain(module)[0].path == "composed"
     assert tp.fuse(module, strict=True) is module
     parameters = list(module.parametrizations.weight.parameters())
     fused = torch.autograd.grad(module.weight.cos().sum(), parameters)

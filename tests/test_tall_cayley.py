@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tests.cases import error
+from tests.cases import error, through
 from tritonparam import numerics
 from tritonparam.ops import tall_cayley as ops
 from tritonparam.ops.tall_cayley import tall_cayley, tall_cayley_at
@@ -44,20 +44,6 @@ def orthonormal(shape, dtype=torch.float64):
     return torch.linalg.qr(torch.randn(shape, dtype=torch.float64)).Q.contiguous().to(dtype)
 
 
-def run(function, x, g):
-    x = x.detach().requires_grad_()
-    q = function(x)
-    (dx,) = torch.autograd.grad(q, x, g.to(q.dtype))
-    assert q.shape == dx.shape == x.shape
-    assert q.dtype == dx.dtype == x.dtype
-    assert q.is_contiguous()
-    return q.detach(), dx
-
-
-def like(x):
-    return torch.randn(x.shape, dtype=x.dtype)
-
-
 def check(x, g, base=None, scale=0.5):
     """Value and gradient are those of the n×n system, in fp64.
 
@@ -69,7 +55,7 @@ def check(x, g, base=None, scale=0.5):
     else:
         ours = lambda x: tall_cayley_at(x, base, scale)  # noqa: E731
         reference = lambda x: embedded_at(x, base, scale)  # noqa: E731
-    for out, want in zip(run(ours, x, g), run(reference, x, g), strict=True):
+    for out, want in zip(through(ours, x, g), through(reference, x, g), strict=True):
         assert error(out, want) <= 1e-12
 
 
@@ -77,17 +63,17 @@ def check(x, g, base=None, scale=0.5):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_n_by_n_system(shape, norm):
     x = random(shape, norm)
-    check(x, like(x))
-    check(x, like(x), base=orthonormal(shape))
-    check(x, like(x), scale=1.0)
-    check(x, like(x), base=orthonormal(shape), scale=-0.3)
+    check(x, torch.randn_like(x))
+    check(x, torch.randn_like(x), base=orthonormal(shape))
+    check(x, torch.randn_like(x), scale=1.0)
+    check(x, torch.randn_like(x), base=orthonormal(shape), scale=-0.3)
 
 
 @pytest.mark.parametrize("shape", EMPTY)
 def test_empty(shape):
     x = torch.randn(shape)
-    run(tall_cayley, x, x)
-    run(lambda x: tall_cayley_at(x, x.detach()), x, x)
+    through(tall_cayley, x, x)
+    through(lambda x: tall_cayley_at(x, x.detach()), x, x)
 
 
 def test_any_strides():
@@ -98,9 +84,9 @@ def test_any_strides():
         torch.randn(2, 4, 3, 9, dtype=torch.float64).permute(2, 0, 3, 1),
     ):
         assert not x.is_contiguous()
-        check(x, like(x).mT.contiguous().mT)
+        check(x, torch.randn_like(x).mT.contiguous().mT)
         # By columns, as QR returns it.
-        check(x, like(x), base=orthonormal(x.shape).mT.contiguous().mT)
+        check(x, torch.randn_like(x), base=orthonormal(x.shape).mT.contiguous().mT)
     x = torch.randn(9, 4, dtype=torch.float64)
     check(x, torch.ones((), dtype=torch.float64).expand(9, 4))
 
@@ -108,7 +94,7 @@ def test_any_strides():
 def test_on_and_above_the_diagonal_nothing_is_read():
     x, g = torch.randn(6, 4), torch.randn(6, 4)
     above = torch.where(torch.ones(6, 4).triu() > 0, torch.nan, x)
-    for out, want in zip(run(tall_cayley, above, g), run(tall_cayley, x, g), strict=True):
+    for out, want in zip(through(tall_cayley, above, g), through(tall_cayley, x, g), strict=True):
         assert torch.equal(out, want)
 
 
@@ -135,9 +121,11 @@ SIZES = [(5, 3), (17, 17), (32, 31), (65, 64), (100, 64), (300, 40)]
 @pytest.mark.parametrize("shape", SIZES)
 def test_fp32_is_as_exact_as_torch(shape, norm):
     x, g = random(shape, norm, torch.float32), torch.randn(shape)
-    exact = run(embedded, x.double(), g)
+    exact = through(embedded, x.double(), g)
     # 5e-7, eight roundings to fp32, where torch happens to be nearly exact.
-    for out, base, want in zip(run(tall_cayley, x, g), run(embedded, x, g), exact, strict=True):
+    for out, base, want in zip(
+        through(tall_cayley, x, g), through(embedded, x, g), exact, strict=True
+    ):
         assert error(out, want) <= max(1.5 * error(base, want), 5e-7)
 
 
@@ -145,8 +133,8 @@ def test_fp32_is_as_exact_as_torch(shape, norm):
 @pytest.mark.parametrize("shape", SIZES)
 def test_fp32_at_a_base(shape, norm):
     x, g, base = random(shape, norm, torch.float32), torch.randn(shape), orthonormal(shape)
-    exact = run(lambda x: embedded_at(x, base), x.double(), g)
-    out = run(lambda x: tall_cayley_at(x, base.float()), x, g)
+    exact = through(lambda x: embedded_at(x, base), x.double(), g)
+    out = through(lambda x: tall_cayley_at(x, base.float()), x, g)
     # That the base is rounded to fp32 turns the skew matrix by eps times its norm.
     eps = torch.finfo(torch.float32).eps
     for got, want in zip(out, exact, strict=True):
@@ -183,8 +171,8 @@ def test_low_precision_is_computed_in_fp32(dtype, norm):
     x, g = random((2, 9, 4), norm, dtype), torch.randn(2, 9, 4).to(dtype)
     base = orthonormal((2, 9, 4), dtype)
     for function in (tall_cayley, lambda x: tall_cayley_at(x, base)):
-        want = run(function, x.float(), g.float())
-        for out, exact in zip(run(function, x, g), want, strict=True):
+        want = through(function, x.float(), g.float())
+        for out, exact in zip(through(function, x, g), want, strict=True):
             assert torch.equal(out, exact.to(dtype))
 
 
@@ -194,10 +182,10 @@ def test_nan_stays_in_its_matrix(place, bad):
     x, g = torch.randn(2, 3, 7, 5).double()
     base = orthonormal((3, 7, 5))
     for function in (tall_cayley, lambda x: tall_cayley_at(x, base)):
-        clean = run(function, x, g)
+        clean = through(function, x, g)
         broken = x.clone()
         broken[1][place] = bad
-        for out, want in zip(run(function, broken, g), clean, strict=True):
+        for out, want in zip(through(function, broken, g), clean, strict=True):
             assert out[1].isnan().any()
             assert torch.equal(out[[0, 2]], want[[0, 2]])
         assert function(broken)[1].isnan().all()
@@ -220,23 +208,23 @@ def test_create_graph_gives_the_same_gradient(dtype):
         (dx,) = torch.autograd.grad(function(leaf), leaf, g.to(dtype), create_graph=True)
         assert dx.requires_grad
         # The graph is in fp64: the difference is the error of fp32, and one rounding to bf16.
-        assert error(dx, run(function, x, g)[1]) <= max(5e-7, torch.finfo(dtype).eps)
+        assert error(dx, through(function, x, g)[1]) <= max(5e-7, torch.finfo(dtype).eps)
 
 
 def test_gradient_is_linear():
     for norm in (1.0, 100.0):
         x, g, base = random((40, 7), norm, torch.float32), torch.randn(40, 7), orthonormal((40, 7))
         for function in (tall_cayley, lambda x, base=base: tall_cayley_at(x, base)):
-            _, dx = run(function, x, g)
+            _, dx = through(function, x, g)
             for scale in (2.0**-20, 2.0**20):
-                assert torch.equal(run(function, x, scale * g)[1], scale * dx)
+                assert torch.equal(through(function, x, scale * g)[1], scale * dx)
 
 
 def test_compiles():
     x, g, base = torch.randn(2, 9, 4), torch.randn(2, 9, 4), orthonormal((2, 9, 4), torch.float32)
     for function in (tall_cayley, lambda x: tall_cayley_at(x, base)):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for out, want in zip(run(compiled, x, g), run(function, x, g), strict=True):
+        for out, want in zip(through(compiled, x, g), through(function, x, g), strict=True):
             assert torch.equal(out, want)
 
 

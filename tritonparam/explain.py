@@ -97,11 +97,12 @@ def explain(model: nn.Module) -> Explanation:
 def _fused_path(steps: list[registry.Step], tensors: Sequence[torch.Tensor]) -> tuple[str, str]:
     """The path of a chain that is fused at least in part, and why not a better one."""
     closed, composed = [], []
+    largest = max(tensors, key=torch.Tensor.numel)
     for i, (rule, links, why) in enumerate(steps):
         if rule is None:
             composed.append(f"{type(links[0]).__name__} is composed: {why}")
             continue
-        declined = rule.kernel_declines(*(tensors if i == 0 else tensors[:1]))
+        declined = rule.kernel_declines(*(tensors if i == 0 else (largest,)))
         if registry.override() == "closed":
             declined = declined or "the path is set to closed"
         if declined:

@@ -87,6 +87,8 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     base = getattr(links[0], "base", None)
     if x.dim() < 2:
         return "the original is not a matrix"
+    if x.device.type == "mps" and cast(Any, links[0]).orthogonal_map != "matrix_exp":
+        return "the map needs fp64 inside, which the device has not"
     if base is not None and (base.shape != x.shape or base.device != x.device):
         return "the base point does not fit the original"
     return ""
