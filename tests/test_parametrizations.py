@@ -279,11 +279,27 @@ def test_functions_equal_links_and_have_derivatives():
         functional.skew_cayley(w, signs[0])
     with pytest.raises(ValueError, match=r"must have shape \[..., n, n\]"):
         functional.skew_exp(w[:, :3])
-    for orthogonal_map in MAPS:
-        x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, m=orthogonal_map: functional.orthogonal(x, m), x)
-        assert defect(functional.orthogonal(x.T, orthogonal_map)) <= 1e-14
+    x = torch.randn(5, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="base must have orthonormal columns"):
         functional.orthogonal(x, "cayley", base=torch.ones(5, 3))
     with pytest.raises(ValueError, match=r"base must have the shape of x, \[5, 3\], got \[3, 3\]"):
         functional.orthogonal(x, "cayley", base=torch.eye(3))
+
+
+@pytest.mark.parametrize("orthogonal_map", MAPS)
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (2, 3, 2), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("at_base", [False, True])
+def test_orthogonal_has_two_derivatives_in_every_shape(orthogonal_map, shape, at_base):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    base = None
+    if at_base:
+        q = torch.linalg.qr(torch.randn(tall(x).shape, dtype=torch.float64))[0]
+        base = q if shape[-2] >= shape[-1] else q.mT
+
+    def function(x):
+        return functional.orthogonal(x, orthogonal_map, base=base)
+
+    assert defect(function(x)) <= 1e-13
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    assert tp.stats()["composed"] == 0
