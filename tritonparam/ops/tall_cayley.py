@@ -41,13 +41,17 @@ def _inverse(parts: Callable[[torch.dtype], Parts], x: Tensor, a: float) -> tupl
     s = _system(*cp, a)
     m = inverse_definite(s)
     if dtype != torch.float64:
-        condition = torch.linalg.matrix_norm(s) * torch.linalg.matrix_norm(m)
+        condition = _frobenius(s) * _frobenius(m)
         if (condition > _MAX_CONDITION * s.size(-1)).any():
             cp = parts(torch.float64)
             s = _system(*cp, a)
             m = inverse_definite(s)
     # LU takes infinity for a good pivot; where S is not finite this is NaN, as in torch's solve.
     return cp, m + 0 * s.sum((-2, -1), keepdim=True)
+
+
+def _frobenius(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(-2, -1))
 
 
 def _graph_inverse(c: Tensor, p: Tensor, a: float) -> Tensor:
