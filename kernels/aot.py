@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from tritonparam.kernels import cayley
 
+MODULES = (cayley,)  # every file of kernels
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -30,7 +31,8 @@ class Resources:
 
 def shipped_resources(target: str) -> list[Resources]:
     """Compile every shipped configuration for `target`, for example "sm_90" or "gfx942"."""
-    rows = cayley.shipped(_gpu_target(target).backend)
+    backend = _gpu_target(target).backend
+    rows = [row for module in MODULES for row in module.shipped(backend)]
     return [compile_kernel(*row, target=target) for row in rows]
 
 
