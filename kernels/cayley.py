@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
 from tritonparam.kernels.tile import load_skew_block, load_triu, take_lane, take_uniform
 
 
@@ -278,10 +279,10 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: FwdConfig) -> t
     `w` is [..., n, n] and `signature` [..., n], of any strides. Q is new and contiguous, in the
     compute dtype `torch.promote_types(w.dtype, torch.float32)`.
     """
-    q = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
+    q = torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
     if q.numel() == 0:
         return q
-    w, d = _flatten(w, 2), _flatten(signature, 1)
+    w, d = flatten(w, 2), flatten(signature, 1)
     n_matrices, n_cols, _ = w.shape
     strides = (w.stride(0), w.stride(1), d.stride(0))
     options = _fwd_options(config, q.dtype)
@@ -307,7 +308,7 @@ def cayley_bwd(
     dw = torch.empty(q.shape, dtype=dtype, device=q.device)
     if dw.numel() == 0:
         return dw
-    g, q, d = _flatten(g, 2), q.contiguous(), _flatten(signature, 1)
+    g, q, d = flatten(g, 2), q.contiguous(), flatten(signature, 1)
     n_matrices, n_cols, _ = g.shape
     strides = (g.stride(0), g.stride(1), d.stride(0))
     options = _bwd_options(config, q.dtype)
@@ -315,14 +316,8 @@ def cayley_bwd(
     return dw
 
 
-def _flatten(x: torch.Tensor, core: int) -> torch.Tensor:
-    """[..., core dims] -> [matrices, core dims]: a view where strides allow, the last one 1."""
-    x = x.reshape(-1, *x.shape[-core:])
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:
-    options = {"BLOCK_COLS": config.block_cols, "ACC": _TRITON_DTYPE[dtype]}
+    options = {"BLOCK_COLS": config.block_cols, "ACC": TRITON_DTYPE[dtype]}
     if config.num_warps == 1:
         options |= {"BLOCK_LANES": config.block_lanes, "BLOCK_MATRICES": config.block_matrices}
     return options | _launch_options(config)
@@ -330,7 +325,7 @@ def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:
 
 def _bwd_options(config: BwdConfig, dtype: torch.dtype) -> dict:
     options = {"BLOCK_COLS": config.block_cols, "BLOCK_K": config.block_k}
-    options |= {"PRECISION": config.precision, "ACC": _TRITON_DTYPE[dtype]}
+    options |= {"PRECISION": config.precision, "ACC": TRITON_DTYPE[dtype]}
     return options | _launch_options(config)
 
 
@@ -342,9 +337,6 @@ def _launch_options(config: FwdConfig | BwdConfig) -> dict:
     return options
 
 
-_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
 def shipped(backend: str) -> list[tuple]:
     """Every default launch, for compiling ahead of time.
 
@@ -352,11 +344,9 @@ def shipped(backend: str) -> list[tuple]:
     pass them; integers are i32.
     """
     rows: list[tuple] = []
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    names |= {torch.float32: "fp32", torch.float64: "fp64"}
-    for dtype, name in names.items():
-        compute = torch.promote_types(dtype, torch.float32)
-        low, acc = f"*{name}", f"*{names[compute]}"
+    for dtype, name in NAME.items():
+        compute = compute_dtype(dtype)
+        low, acc = f"*{name}", f"*{NAME[compute]}"
         for n in (8, 16, 32, 64):
             fwd = fwd_config(n, dtype, backend)
             kernel = _cayley_fwd_kernel if fwd.num_warps == 1 else _cayley_fwd_tile_kernel

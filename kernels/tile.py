@@ -5,10 +5,28 @@ import triton.language as tl
 
 
 @triton.jit
-def load_triu(w_ptr, stride_row, row, col, n_cols, mask, ACC: tl.constexpr):
-    """A block of triu(w, 1): w[row, col] where row < col < n_cols, else 0, as ACC."""
+def exponent(x):
+    """e with 2^(e - 1) <= x < 2^e, for x >= 0 in fp32; -126 for 0, 129 for infinity and NaN."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+
+
+@triton.jit
+def power_of_two(k):
+    """2^k in fp32 for an int32 k from -126 to 127."""
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_triu(
+    w_ptr, stride_row, row, col, n_cols, mask, ACC: tl.constexpr, DIAGONAL: tl.constexpr = False
+):
+    """A block of triu(w, 1): w[row, col] where row < col < n_cols, else 0, as ACC.
+
+    With DIAGONAL it is triu(w).
+    """
     offset = row.to(tl.int64) * stride_row + col
-    return tl.load(w_ptr + offset, mask=mask & (row < col) & (col < n_cols), other=0.0).to(ACC)
+    above = (row <= col) if DIAGONAL else (row < col)
+    return tl.load(w_ptr + offset, mask=mask & above & (col < n_cols), other=0.0).to(ACC)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ class Case:
         links: makes new links for a weight.
         form: of the weight: "square" and "tall" in batches, "layer" is one matrix.
         max_kernel_n: the largest matrix its kernel takes, 0 without one.
+        kernel_dtypes: of the original, that its kernel takes.
         argument: what the map is applied to, for an original; linear in it. None is the original.
         max_norm: of the argument, up to which the result is representable in fp32.
         base: the weight has a base point, a random orthonormal matrix.
@@ -31,6 +32,7 @@ class Case:
     links: Callable[[Tensor], list[nn.Module]]
     form: str = "square"
     max_kernel_n: int = 0
+    kernel_dtypes: tuple[torch.dtype, ...] = tp.registry.DTYPES
     argument: Callable[[Tensor], Tensor] | None = None
     max_norm: float = 1e3
     base: bool = False
@@ -39,6 +41,10 @@ class Case:
     def paths(self) -> tuple[str, ...]:
         """The fused paths that it has."""
         return ("closed", "kernel") if self.max_kernel_n else ("closed",)
+
+    def runs(self, path: str, n: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether a path takes a weight of size n and a dtype."""
+        return path != "kernel" or (n <= self.max_kernel_n and dtype in self.kernel_dtypes)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -156,6 +162,8 @@ def _orthogonal(orthogonal_map: str, base: bool) -> Callable[[Tensor], list[nn.M
     return lambda _: [tp.Orthogonal(orthogonal_map, use_trivialization=base)]
 
 
+_UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+
 CASES = (
     Case(
         name="cayley",
@@ -166,11 +174,15 @@ CASES = (
     Case(
         name="skew_exp",
         links=lambda _: [tp.Skew(), tp.MatrixExponential()],
+        max_kernel_n=32,
+        kernel_dtypes=_UP_TO_FP32,
         argument=_skew,
     ),
     Case(
         name="symmetric_exp",
         links=lambda _: [tp.Symmetric(), tp.MatrixExponential()],
+        max_kernel_n=32,
+        kernel_dtypes=_UP_TO_FP32,
         argument=_symmetric,
         max_norm=80,
     ),

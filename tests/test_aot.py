@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+KINDS = ("skew", "symmetric")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical
 # specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.
@@ -46,6 +47,10 @@ def test_every_configuration_is_compiled(rows, target):
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         assert {f"cayley_fwd_{n}_{dtype}" for n in (8, 16, 32, 64)} <= set(names)
         assert {f"cayley_bwd_{n}_{dtype}" for n in (16, 32, 64)} <= set(names)
+        if dtype != "fp64":
+            expected = {f"{kind}_exp_fwd_{n}_{dtype}" for kind in KINDS for n in (16, 32)}
+            expected |= {name.replace("fwd", "bwd") for name in expected}
+            assert expected <= set(names)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 NO_RULE = "no rule for this chain"
 
+BACKEND = "hip" if torch.version.hip else "cuda"  # of configurations
 _HAS_TRITON = find_spec("triton") is not None
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 _counts = dict.fromkeys(PATHS, 0)
@@ -158,10 +162,14 @@ def no_kernel(x: Tensor, *more: Tensor) -> str:
     return device_declines(x) or "this chain has no kernel yet"
 
 
-def _interpreted() -> bool:
-    from tritonparam import kernels
+@lru_cache
+def kernels(name: str = "") -> Any:
+    """A file of ``tritonparam.kernels``, or the package, imported when it is first needed."""
+    return import_module(f"tritonparam.kernels.{name}".rstrip("."))
 
-    return kernels.INTERPRETED
+
+def _interpreted() -> bool:
+    return kernels().INTERPRETED
 
 
 def path(declined: str) -> str:

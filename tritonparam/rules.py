@@ -126,14 +126,14 @@ RULES = (
         chain=(Skew, MatrixExponential),
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=expm.kernel_declines,
     ),
     Rule(
         name="symmetric_exp",
         chain=(Symmetric, MatrixExponential),
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=expm.kernel_declines,
     ),
     Rule(
         name="matrix_exp",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,8 +10,6 @@ from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inverse_definite
 
 _KERNEL_MAX_N = 64
-_BACKEND = "hip" if torch.version.hip else "cuda"
-_kernels: ModuleType | None = None
 
 
 def kernel_declines(w: Tensor) -> str:
@@ -23,15 +18,6 @@ def kernel_declines(w: Tensor) -> str:
         return reason
     n = w.size(-1)
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
-
-
-def _load() -> Any:
-    global _kernels
-    if _kernels is None:
-        from tritonparam.kernels import cayley
-
-        _kernels = cayley
-    return _kernels
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -61,9 +47,9 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if path == "closed":
         q = _closed_fwd(w, d)
     else:
-        kernels = _load()
+        kernels = registry.kernels("cayley")
         with torch.cuda.device_of(w):
-            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _BACKEND))
+            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, registry.BACKEND))
     return q, (q, d)
 
 
@@ -71,9 +57,9 @@ def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tu
     q, d = saved
     if registry.path(kernel_declines(q)) == "closed":
         return _closed_bwd(g, saved, dtype)
-    kernels = _load()
+    kernels = registry.kernels("cayley")
     with torch.cuda.device_of(q):
-        config = kernels.bwd_config(q.size(-1), q.dtype, _BACKEND)
+        config = kernels.bwd_config(q.size(-1), q.dtype, registry.BACKEND)
         return (kernels.cayley_bwd(g, q, d, dtype, config),)
 
 

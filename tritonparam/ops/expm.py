@@ -13,6 +13,19 @@ from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
 
+_KERNEL_MAX_N = 32
+_SIGN = {"skew": -1, "symmetric": 1}
+
+
+def kernel_declines(w: Tensor) -> str:
+    """Why the Triton kernel cannot take w of a skew or symmetric map, or the empty string."""
+    if reason := registry.device_declines(w):
+        return reason
+    if w.dtype == torch.float64:
+        return "the kernel's polynomial has the accuracy of fp32"
+    n = w.size(-1)
+    return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
+
 
 def _argument(w: Tensor, kind: Kind) -> Tensor:
     """What is exponentiated, [b, n, n] in the compute dtype."""
@@ -23,9 +36,23 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
     return x.triu() + x.triu(1).mT if kind == "symmetric" else x
 
 
+def _path(w: Tensor, kind: Kind) -> str:
+    return registry.path(registry.no_kernel(w) if kind == "general" else kernel_declines(w))
+
+
 def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(w)))
-    return _value(w, kind)
+    path = _path(w, kind)
+    registry.count(path)
+    if path == "closed":
+        return _value(w, kind)
+    kernels = registry.kernels("expm")
+    with torch.cuda.device_of(w):
+        config = kernels.config(w.size(-1), registry.BACKEND)
+        return kernels.expm_fwd(w, _SIGN[kind], config), (w,)
+
+
+def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
+    return (w,) if _path(w, kind) == "kernel" else _value(w, kind)[1]
 
 
 def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
@@ -34,6 +61,12 @@ def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+    w = saved[0]
+    if w is not None and len(saved) == 1 and w.numel():  # from the kernel
+        kernels = registry.kernels("expm")
+        with torch.cuda.device_of(w):
+            config = kernels.config(w.size(-1), registry.BACKEND)
+            return (kernels.expm_bwd(g, w, _SIGN[kind], config),)
     h = adjoint(as_batch(g), saved[1:], kind)
     if kind == "skew":
         h = (h - h.mT).triu(1)
@@ -55,6 +88,7 @@ def _map(name: str, kind: Kind) -> FusedMap:
         partial(_forward, kind=kind),
         partial(_backward, kind=kind),
         partial(_graph, kind=kind),
+        resume=partial(_resume, kind=kind),
     )
 
 

@@ -1,0 +1,272 @@
+"""exp of a batch of small skew or symmetric matrices, n <= 32, and its gradient, one launch each.
+
+Scaling and squaring, each matrix with its own number of squarings. With B = A^2 the polynomial is
+c(B) + A s(B), c ~ cosh and s ~ sinh / sqrt of the root of B, summed by Horner in A^4 (Paterson &
+Stockmeyer 1973): A^2, A^4, A^3 and one product for each further block of four terms, five in all.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonparam.kernels.launch import NAME, flatten
+from tritonparam.kernels.tile import exponent, load_triu, power_of_two
+
+# Coefficients of c and s over powers of B: the polynomials that interpolate cosh(sqrt B) and
+# sinh(sqrt B) / sqrt B at B = 0 and at the other zeros of a Chebyshev polynomial on the spectrum
+# of B for ||A|| <= THETA. Their truncation moves exp(A) by at most 6e-9, a tenth of eps: it has one
+# sign, so that squarings add it up where rounding averages.
+THETA = tl.constexpr(2.0)
+_EVEN_ODD = {
+    -1: (
+        (1.0, 0.49999995057457017, 0.041666491253384114, 0.0013886863772994181)
+        + (2.4699251487419051e-5, 2.5193240172735751e-7),
+        (1.0, 0.16666666283152309, 0.008333319725127865, 0.00019839699494397557)
+        + (2.7478031548163227e-6, 2.3223754429853867e-8),
+    ),
+    1: (
+        (1.0, 0.50000005626361731, 0.041666467602728139, 0.0013891172273153446)
+        + (2.4687614771152288e-5, 3.0121817296116397e-7),
+        (1.0, 0.1666666709576315, 0.0083333181486130005, 0.00019843012346739265)
+        + (2.7470274573865824e-6, 2.7014062864620893e-8),
+    ),
+}
+
+
+@triton.jit
+def _argument(w_ptr, stride_row, row, col, n_cols, SIGN: tl.constexpr):
+    """A, skew (SIGN = -1) or symmetric (1), from the upper triangle of w; and its shift mu.
+
+    exp(A) = e^mu exp(A - mu I) with mu the mean eigenvalue where it is negative, else 0: so the
+    polynomial does not cancel. Only a symmetric A is shifted.
+    """
+    x = load_triu(w_ptr, stride_row, row, col, n_cols, True, tl.float32, SIGN == 1)
+    if SIGN == -1:
+        return x - tl.trans(x), 0.0
+    on_diagonal = (row == col) & (row < n_cols)
+    mean = tl.sum(tl.sum(tl.where(on_diagonal, x, 0.0), axis=1), axis=0) / n_cols
+    mu = tl.minimum(tl.maximum(mean, -500.0), 0.0)
+    a = tl.where(row <= col, x, tl.trans(x))
+    return tl.where(on_diagonal, a - mu, a), mu
+
+
+@triton.jit
+def _scaled(a, n_cols, SIGN: tl.constexpr, PRECISION: tl.constexpr):
+    """A, A^2 and A^4 of A / 2^s, and s, the least with ||A^4||_F^(1/4) <= THETA 2^s.
+
+    That bounds ||A|| since A is normal, and nearly attains it. The eigenvalues of a skew matrix
+    come in pairs, which halves the square of the Frobenius norm. Before its powers are taken the
+    matrix is brought to norm 1, so that nothing overflows.
+    """
+    largest = tl.max(tl.max(tl.abs(a), axis=1), axis=0)
+    down = tl.minimum(tl.maximum(exponent(largest) + exponent(n_cols * 1.0), 0), 125)
+    a = a * power_of_two(-down)
+    b = tl.dot(a, a, input_precision=PRECISION)
+    b2 = tl.dot(b, b, input_precision=PRECISION)
+    square = tl.sum(tl.sum(b2 * b2, axis=1), axis=0)
+    if SIGN == -1:
+        square = square * 0.5
+    norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
+    up = tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), down)
+    scale = power_of_two(up)
+    b = b * (scale * scale)
+    b2 = b2 * (scale * scale) * (scale * scale)
+    return a * scale, b, b2, down - up
+
+
+@triton.jit
+def _block(a, b, k, diagonal, J: tl.constexpr, EVEN: tl.constexpr, ODD: tl.constexpr):
+    """EVEN[J] I + ODD[J] A + EVEN[J + 1] A^2 + ODD[J + 1] A^3."""
+    return tl.where(diagonal, EVEN[J], 0.0) + a * ODD[J] + b * EVEN[J + 1] + k * ODD[J + 1]
+
+
+@triton.jit
+def _polynomial(a, b, b2, diagonal, EVEN: tl.constexpr, ODD: tl.constexpr, PRECISION: tl.constexpr):
+    """c(B) + A s(B), B = A^2."""
+    k = tl.dot(a, b, input_precision=PRECISION)
+    y = _block(a, b, k, diagonal, len(EVEN) - 2, EVEN, ODD)
+    for j in tl.static_range(len(EVEN) - 4, -1, -2):
+        block = _block(a, b, k, diagonal, j, EVEN, ODD)
+        y = tl.dot(b2, y, acc=block, input_precision=PRECISION)
+    return y
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "w_stride", "w_stride_row"],
+    do_not_specialize_on_alignment=["w_ptr", "y_ptr"],
+)
+def _expm_fwd_kernel(
+    w_ptr,
+    y_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    SIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T (SIGN = -1) or triu(w) + triu(w, 1)^T (SIGN = 1)."""
+    matrix = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    w_ptr += matrix * w_stride
+    a, mu = _argument(w_ptr, w_stride_row, row, col, n_cols, SIGN)
+    a, b, b2, left = _scaled(a, n_cols, SIGN, PRECISION)
+    y = _polynomial(a, b, b2, row == col, EVEN, ODD, PRECISION)
+    # e^mu is multiplied on before the last three squarings at most: earlier its rounding would be
+    # amplified, later exp(A - mu I) could have overflown.
+    last = tl.minimum(left, 3)
+    if SIGN == 1:
+        growth = tl.exp(mu * power_of_two(-last))
+        y = y * tl.where(left == last, growth, 1.0)
+    for done in range(0, left):
+        y = tl.dot(y, y, input_precision=PRECISION)
+        if SIGN == 1:
+            y = y * tl.where(left - 1 - done == last, growth, 1.0)
+    if SIGN == 1:
+        y = 0.5 * (y + tl.trans(y))
+    mask = (row < n_cols) & (col < n_cols)
+    tl.store(y_ptr + (matrix * n_cols * n_cols + row * n_cols + col), y, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "w_stride", "w_stride_row", "g_stride", "g_stride_row"],
+    do_not_specialize_on_alignment=["w_ptr", "g_ptr", "dw_ptr"],
+)
+def _expm_bwd_kernel(
+    w_ptr,
+    g_ptr,
+    dw_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    g_stride,
+    g_stride_row,
+    SIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dw from G: the triangle of H = int_0^1 exp(t A^T) G exp((1 - t) A^T) dt.
+
+    With Z_h = exp(h A), h = 2^-s, H is made of factors that commute: s rounds Z <- Z^2,
+    M <- M Z^T + Z^T M from Z_(h/2), and h Z_(h/2)^T sinhc(ad / 2) M Z_(h/2)^T, where
+    ad(T) = h (A T - T A) and sinhc(x) = sinh(x) / x = s(x^2). A commutator with A of a skew or
+    symmetric matrix is X - X^T or X + X^T with X = A T: one product. So nothing is kept over the
+    rounds but Z and M, and nothing from the forward pass.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    inside = (row < n_cols) & (col < n_cols)
+    w_ptr += matrix * w_stride
+    a, mu = _argument(w_ptr, w_stride_row, row, col, n_cols, SIGN)
+    a, b, b2, left = _scaled(a, n_cols, SIGN, PRECISION)
+    a = a * 0.5
+    z = _polynomial(a, b * 0.25, b2 * 0.0625, row == col, EVEN, ODD, PRECISION)
+    offset = row.to(tl.int64) * g_stride_row + col
+    m = tl.load(g_ptr + matrix * g_stride + offset, mask=inside, other=0.0)
+    m = tl.dot(m, tl.trans(z), input_precision=PRECISION)
+    m = tl.dot(tl.trans(z), m, input_precision=PRECISION)
+    last = tl.minimum(left, 3)
+    if SIGN == 1:
+        growth = tl.exp(mu * power_of_two(-last))
+        m = 0.5 * (m + tl.trans(m)) * tl.where(left == 0, growth, 1.0)
+    for done in range(0, left):
+        z = tl.dot(z, z, input_precision=PRECISION)  # Z_h in the first round
+        if SIGN == 1:
+            grown = tl.where(left - done == last, growth, 1.0)
+            z = z * grown
+            x = tl.dot(m, z, input_precision=PRECISION) * grown
+            m = x + tl.trans(x)
+        else:
+            x = tl.dot(m, tl.trans(z), input_precision=PRECISION)
+            m = tl.dot(tl.trans(z), m, acc=x, input_precision=PRECISION)
+    t = m * power_of_two(-left)
+    if SIGN == -1:
+        t = t - tl.trans(t)
+    h = t
+    for i in range(1, len(ODD)):  # not unrolled: a fifth of the code, and fewer registers
+        x = tl.dot(a, t, input_precision=PRECISION)
+        x = x - tl.trans(x)
+        t = tl.dot(a, x, input_precision=PRECISION)
+        t = t + SIGN * tl.trans(t)
+        factor = 0.0
+        for j in tl.static_range(1, len(ODD)):
+            factor = tl.where(i == j, ODD[j], factor)
+        h += t * factor
+    if SIGN == 1:
+        dw = tl.where(row < col, 2.0 * h, tl.where(row == col, h, 0.0))
+    else:
+        dw = tl.where(row < col, h, 0.0)
+    offset = matrix * n_cols * n_cols + (row * n_cols + col)
+    tl.store(dw_ptr + offset, dw, mask=inside)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch numbers of the forward or the backward."""
+
+    block: int
+    precision: str
+    num_warps: int
+
+
+def config(n: int, backend: str = "cuda") -> Config:
+    """The default for n x n matrices; `tl.dot` starts at 16, and hip does not compile tf32x3."""
+    precision = "ieee" if backend == "hip" else "tf32x3"
+    return Config(16, precision, 1) if n <= 16 else Config(32, precision, 2)
+
+
+def expm_fwd(w: torch.Tensor, sign: int, config: Config) -> torch.Tensor:
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T for sign -1, triu(w) + triu(w, 1)^T for sign 1.
+
+    `w` is [..., n, n], n <= 32, in fp32, fp16 or bf16, of any strides. The result is new and
+    contiguous, in fp32.
+    """
+    y = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    if y.numel() == 0:
+        return y
+    w = flatten(w, 2)
+    sizes = (w.size(1), w.stride(0), w.stride(1))
+    _expm_fwd_kernel[(w.size(0),)](w, y, *sizes, **_options(config, sign))
+    return y
+
+
+def expm_bwd(g: torch.Tensor, w: torch.Tensor, sign: int, config: Config) -> torch.Tensor:
+    """The gradient of `w`, in fp32, from `g` [..., n, n] in fp32, that of the result."""
+    dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    if dw.numel() == 0:
+        return dw
+    g, w = flatten(g, 2), flatten(w, 2)
+    sizes = (w.size(1), w.stride(0), w.stride(1), g.stride(0), g.stride(1))
+    _expm_bwd_kernel[(w.size(0),)](w, g, dw, *sizes, **_options(config, sign))
+    return dw
+
+
+def _options(config: Config, sign: int) -> dict:
+    even, odd = _EVEN_ODD[sign]
+    options = {"SIGN": sign, "EVEN": even, "ODD": odd, "BLOCK": config.block}
+    options |= {"PRECISION": config.precision, "num_warps": config.num_warps}
+    return options | {"num_stages": 1, "enable_fp_fusion": True}
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Every default launch, for compiling ahead of time, as `cayley.shipped`."""
+    rows: list[tuple] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        low = f"*{NAME[dtype]}"
+        for n in (16, 32):
+            for kind, sign in (("skew", -1), ("symmetric", 1)):
+                options = _options(config(n, backend), sign)
+                label = f"{n}_{NAME[dtype]}"
+                types = {"w_ptr": low, "y_ptr": "*fp32"}
+                rows.append((f"{kind}_exp_fwd_{label}", _expm_fwd_kernel, types, options))
+                types = {"w_ptr": low, "g_ptr": "*fp32", "dw_ptr": "*fp32"}
+                rows.append((f"{kind}_exp_bwd_{label}", _expm_bwd_kernel, types, options))
+    return rows

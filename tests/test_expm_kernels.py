@@ -1,0 +1,153 @@
+"""The exponential's kernels, launched directly, against torch in fp64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.cases import errors
+from tests.spectra import SPECTRA, with_norm
+from tritonparam.kernels.expm import config, expm_bwd, expm_fwd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = torch.finfo(torch.float32).eps
+kinds = pytest.mark.parametrize("sign", [-1, 1], ids=["skew", "symmetric"])
+
+
+def argument(w, sign):
+    return w.triu(1) - w.triu(1).mT if sign == -1 else w.triu() + w.triu(1).mT
+
+
+def original(n, norm, sign, batch=5):
+    """A batch whose argument has this spectral norm."""
+    w = torch.randn(batch, n, n, dtype=torch.float64)
+    size = torch.linalg.matrix_norm(argument(w, sign), 2)[:, None, None]
+    return torch.where(size > 0, w * norm / size, w).float()
+
+
+def reference(w, g, sign, dtype):
+    """exp and dw by torch; what comes in is made small, since its size costs torch digits."""
+    w = w.to(dtype).requires_grad_()
+    y = torch.linalg.matrix_exp(argument(w, sign))
+    (dw,) = torch.autograd.grad(y, w, g.to(dtype) * 2.0**-20)
+    return y.detach().double(), dw.double() * 2.0**20
+
+
+def run(w, g, sign):
+    """exp and dw by the kernels, on DEVICE and with the default configuration."""
+    w, g = w.to(DEVICE), g.to(DEVICE)
+    y = expm_fwd(w, sign, config(w.size(-1)))
+    dw = expm_bwd(g, w, sign, config(w.size(-1)))
+    for out in (y, dw):
+        assert out.shape == w.shape
+        assert out.dtype == torch.float32
+        assert out.is_contiguous()
+    assert not dw.tril(-1).any()
+    if sign == 1:
+        assert torch.equal(y.nan_to_num(), y.mT.nan_to_num())
+    return y.double().cpu(), dw.double().cpu()
+
+
+def check(w, g, sign):
+    """As exact as torch's in fp32, by the median of the batch: 3 times its error, and 4 eps."""
+    y, dw = reference(w, g, sign, torch.float64)
+    y32, dw32 = reference(w, g, sign, torch.float32)
+    got_y, got_dw = run(w, g, sign)
+    for got, by_torch, exact in ((got_y, y32, y), (got_dw, dw32, dw)):
+        tolerance = 3 * errors(by_torch, exact).median() + 4 * EPS
+        assert errors(got, exact).median() <= tolerance
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs(monkeypatch):
+    """What a launcher allocates holds NaN until a kernel has written it."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+
+
+@kinds
+@pytest.mark.parametrize("norm", [1e-3, 0.5, 2.0, 2.1, 9.0, 40.0, 80.0])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 29, 32])
+def test_as_exact_as_torch(n, norm, sign):
+    check(original(n, norm, sign), torch.randn(5, n, n), sign)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_rotations_of_any_angle_stay_orthogonal(spectrum):
+    for n, norm in ((6, 300.0), (24, 1e4)):
+        w = with_norm(spectrum(n), norm).triu(1).float()[None]
+        y, _ = run(w, torch.randn(1, n, n), -1)
+        # Squarings double what the polynomial and each product are off by.
+        assert float((y.mT @ y - torch.eye(n)).abs().max()) <= norm * EPS * 4
+
+
+@pytest.mark.parametrize("mean", [-3.0, -30.0, -80.0])
+def test_small_eigenvalues_keep_their_digits(mean):
+    # exp of a matrix near mean · I: without the shift the series would cancel all of them.
+    w = original(9, 1.0, 1) + mean * torch.eye(9)
+    check(w, torch.randn(5, 9, 9), 1)
+    y, _ = reference(w, torch.zeros(5, 9, 9), 1, torch.float64)
+    assert errors(run(w, torch.zeros(5, 9, 9), 1)[0], y).max() <= 1e-5
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_fp32(dtype, sign):
+    w = original(11, 1.5, sign).to(dtype)
+    check(w, torch.randn(5, 11, 11), sign)
+
+
+@kinds
+def test_any_strides(sign):
+    n = 13
+    w, g = original(n, 1.0, sign, 2), torch.randn(2, n, n)
+    check(w.mT, g.mT, sign)
+    check(w[:1].expand(2, n, n), torch.ones(()).expand(2, n, n), sign)
+    check(w.permute(1, 2, 0).contiguous().permute(2, 0, 1), g, sign)
+    wide = torch.randn(2, n + 3, 2 * n) / 5
+    check(wide[:, 2 : n + 2, 1 : n + 1], wide[:, :n, :n], sign)
+    check(wide[:, :n, ::2], wide[:, 3:, 1::2], sign)
+
+
+@kinds
+def test_batch_dimensions(sign):
+    flat, g = original(5, 1.0, sign, 6), torch.randn(6, 5, 5)
+    y, dw = run(flat, g, sign)
+    ys, dws = run(flat.view(2, 3, 5, 5), g.view(2, 3, 5, 5), sign)
+    assert torch.equal(y, ys.view(6, 5, 5))
+    assert torch.equal(dw, dws.view(6, 5, 5))
+    assert torch.equal(run(flat[0], g[0], sign)[0], y[0])
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 17, 17), (3, 0, 0)])
+def test_empty(shape, sign):
+    y, dw = run(torch.zeros(shape), torch.zeros(shape), sign)
+    assert y.numel() == dw.numel() == 0
+
+
+@kinds
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n", [3, 20])
+def test_nan_stays_in_its_matrix(n, bad, sign):
+    w, g = original(n, 3.0, sign, 3), torch.randn(3, n, n)
+    y, dw = run(w, g, sign)
+    w[1, 0, n - 1] = bad
+    bad_y, bad_dw = run(w, g, sign)
+    assert bad_y[1].isnan().any()
+    assert bad_dw[1].isnan().any()
+    assert torch.equal(bad_y[::2], y[::2])
+    assert torch.equal(bad_dw[::2], dw[::2])
+
+
+def test_overflow_is_not_a_number_that_looks_right():
+    w = torch.diag_embed(torch.tensor([[100.0, 0.0, -5.0]]))
+    assert not run(w, torch.ones(1, 3, 3), 1)[0][0, 0, 0].isfinite()
+
+
+@kinds
+def test_what_is_below_the_diagonal_is_not_read(sign):
+    w, g = original(6, 1.0, sign), torch.randn(5, 6, 6)
+    below = torch.where(torch.ones(6, 6).triu(1 if sign == -1 else 0) > 0, w, torch.nan)
+    for out, want in zip(run(below, g, sign), run(w, g, sign), strict=True):
+        assert torch.equal(out, want)
