@@ -17,6 +17,7 @@ FLOORS = {
     "kernels": 0,
     "kernels.launch": 0.1,
     "kernels.tile": 0.1,
+    "kernels.gemm": 0.2,
     "kernels.cayley": 0.2,
     "kernels.expm": 0.2,
     "kernels.aot": 0.3,
