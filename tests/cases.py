@@ -162,7 +162,10 @@ def _orthogonal(orthogonal_map: str, base: bool) -> Callable[[Tensor], list[nn.M
     return lambda _: [tp.Orthogonal(orthogonal_map, use_trivialization=base)]
 
 
-_UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter takes seconds for a sequence of products, which has tests of its own.
+_SEQUENCES = torch.cuda.is_available()
+_EXP_MAX_N = 4096 if _SEQUENCES else 32
+_EXP_DTYPES = tp.registry.DTYPES[: None if _SEQUENCES else 3]  # fp64, the last, is a sequence
 
 CASES = (
     Case(
@@ -174,15 +177,15 @@ CASES = (
     Case(
         name="skew_exp",
         links=lambda _: [tp.Skew(), tp.MatrixExponential()],
-        max_kernel_n=32,
-        kernel_dtypes=_UP_TO_FP32,
+        max_kernel_n=_EXP_MAX_N,
+        kernel_dtypes=_EXP_DTYPES,
         argument=_skew,
     ),
     Case(
         name="symmetric_exp",
         links=lambda _: [tp.Symmetric(), tp.MatrixExponential()],
-        max_kernel_n=32,
-        kernel_dtypes=_UP_TO_FP32,
+        max_kernel_n=_EXP_MAX_N,
+        kernel_dtypes=_EXP_DTYPES,
         argument=_symmetric,
         max_norm=80,
     ),

@@ -13,18 +13,27 @@ from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
 
-_KERNEL_MAX_N = 32
+_TILE_MAX_N = 32  # one program per matrix; beyond, and in fp64, sequences of products
+_KERNEL_MAX_N = 4096
 _SIGN = {"skew": -1, "symmetric": 1}
 
 
 def kernel_declines(w: Tensor) -> str:
-    """Why the Triton kernel cannot take w of a skew or symmetric map, or the empty string."""
+    """Why the Triton kernels cannot take w of a skew or symmetric map, or the empty string."""
     if reason := registry.device_declines(w):
         return reason
-    if w.dtype == torch.float64:
-        return "the kernel's polynomial has the accuracy of fp32"
     n = w.size(-1)
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
+
+
+def _kernels(w: Tensor) -> tuple[Any, Any]:
+    """The file of kernels that takes w, and its configuration."""
+    n = w.size(-1)
+    if n <= _TILE_MAX_N and w.dtype != torch.float64:
+        kernels = registry.kernels("expm")
+        return kernels, kernels.config(n, registry.BACKEND)
+    kernels = registry.kernels("expm_gemm")
+    return kernels, kernels.config(n, compute_dtype(w.dtype), registry.BACKEND)
 
 
 def _argument(w: Tensor, kind: Kind) -> Tensor:
@@ -45,14 +54,18 @@ def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     registry.count(path)
     if path == "closed":
         return _value(w, kind)
-    kernels = registry.kernels("expm")
+    kernels, config = _kernels(w)
     with torch.cuda.device_of(w):
-        config = kernels.config(w.size(-1), registry.BACKEND)
-        return kernels.expm_fwd(w, _SIGN[kind], config), (w,)
+        y, saved = kernels.expm_fwd(w, _SIGN[kind], config)
+    return y, (w, *saved)
 
 
 def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
-    return (w,) if _path(w, kind) == "kernel" else _value(w, kind)[1]
+    if _path(w, kind) == "closed":
+        return _value(w, kind)[1]
+    kernels, config = _kernels(w)
+    with torch.cuda.device_of(w):
+        return (w, *kernels.prepare(w, _SIGN[kind], config))
 
 
 def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
@@ -61,12 +74,13 @@ def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
-    w = saved[0]
-    if w is not None and len(saved) == 1 and w.numel():  # from the kernel
-        kernels = registry.kernels("expm")
+    w, *rest = saved
+    assert w is not None
+    # Kernels keep nothing, or first an int32: the closed form's first is a floating-point scale.
+    if w.numel() and (not rest or (rest[0] is not None and rest[0].dtype == torch.int32)):
+        kernels, config = _kernels(w)
         with torch.cuda.device_of(w):
-            config = kernels.config(w.size(-1), registry.BACKEND)
-            return (kernels.expm_bwd(g, w, _SIGN[kind], config),)
+            return (kernels.expm_bwd(g, w, tuple(rest), _SIGN[kind], config),)
     h = adjoint(as_batch(g), saved[1:], kind)
     if kind == "skew":
         h = (h - h.mT).triu(1)

@@ -1,0 +1,273 @@
+"""exp of larger skew or symmetric matrices and its gradient, as sequences of products.
+
+The algorithms are those of `expm`: the polynomial c(B) + A s(B) of A / 2^s, B = A^2, by Horner in
+A^4, and s squarings; for the gradient M <- M Z^T + Z^T M over the squarings of Z, then the series
+of sinhc in commutators with A, by Horner. Nothing is decided by the host: a schedule on the device
+scales each matrix, and the rounds that it does not need return at once, the first ones, so that
+the result always lands in the same buffer.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonparam.kernels.expm import EVEN_ODD, THETA
+from tritonparam.kernels.gemm import Config, n_tiles, product, product_config, skew, symmetric
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
+from tritonparam.kernels.tile import exponent, power_of_two
+
+# Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
+ROUNDS = 12
+
+# Columns of the schedule. From SERIES on stand the scales of the commutators.
+SIGMA, POLYNOMIAL, LAST_POLYNOMIAL, HALF_POLYNOMIAL, GRADIENT, GROWTH, SERIES = 0, 1, 2, 3, 4, 5, 9
+
+
+@triton.jit(do_not_specialize=["n_tiles", "n_columns"])
+def _schedule_kernel(
+    sums_ptr,
+    mu_ptr,
+    schedule_ptr,
+    first_ptr,
+    n_tiles,
+    n_columns,
+    SIGN: tl.constexpr,
+    ODD: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """sigma = 2^-s and what follows from it, from ||A^4||_F; one program per matrix.
+
+    With e^mu, the growth, multiplied on before the last min(s, 3) squarings, as in `expm`.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    sums_ptr += matrix * n_tiles * 2
+    tile = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], ACC)
+    for start in range(0, n_tiles, BLOCK):
+        inside = start + tile < n_tiles
+        squares += tl.load(sums_ptr + 2 * (start + tile) + 1, mask=inside, other=0.0)
+    square = tl.sum(squares, axis=0).to(tl.float32)
+    if SIGN == -1:
+        square = square * 0.5  # eigenvalues come in pairs
+    norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
+    s = tl.maximum(exponent(norm * (1.0 / THETA)), 0)
+    too_large = s > ROUNDS  # or not a number
+    s = tl.minimum(s, ROUNDS)
+    sigma = tl.where(too_large, float("nan"), power_of_two(-s)).to(ACC)
+    fourth = sigma * sigma * sigma * sigma
+    tl.store(first_ptr + matrix, ROUNDS - s)
+    schedule_ptr += matrix * n_columns
+    tl.store(schedule_ptr, sigma)
+    tl.store(schedule_ptr + 1, fourth)
+    tl.store(schedule_ptr + 3, fourth * 0.0625)
+    if SIGN == -1:
+        tl.store(schedule_ptr + 2, fourth)
+        tl.store(schedule_ptr + 4, sigma)
+    else:
+        last = tl.minimum(s, 3)
+        growth = tl.exp(tl.load(mu_ptr + matrix) * power_of_two(-last))
+        tl.store(schedule_ptr + 2, fourth * tl.where(s == last, growth, 1.0))
+        tl.store(schedule_ptr + 4, 2.0 * sigma)
+        for q in tl.static_range(4):
+            tl.store(schedule_ptr + 5 + q, tl.where(last == q, growth, 1.0))
+    for k in tl.static_range(len(ODD) - 1):
+        ratio = tl.full([], ODD[k + 1] / ODD[k], ACC)
+        tl.store(schedule_ptr + 9 + k, sigma * sigma * 0.25 * ratio)
+
+
+@triton.jit(do_not_specialize=["n_matrices", "n_entries", "n_cols", "n_columns"])
+def _blocks_kernel(
+    a_ptr,
+    b_ptr,
+    k_ptr,
+    schedule_ptr,
+    out_ptr,
+    n_matrices,
+    n_entries,
+    n_cols,
+    n_columns,
+    HALF: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Blocks j of c(B) + A s(B), of A sigma, or with HALF of A sigma / 2, out[j].
+
+    EVEN[2j] I + ODD[2j] A + EVEN[2j + 1] B + ODD[2j + 1] A B; all but the last are divided by
+    the fourth power of the factor, with which each step of Horner's scheme is multiplied.
+    """
+    matrix = (tl.program_id(0) // tl.cdiv(n_entries, BLOCK)).to(tl.int64)
+    entry = tl.program_id(0) % tl.cdiv(n_entries, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    mask = entry < n_entries
+    offset = matrix * n_entries + entry
+    scale = tl.load(schedule_ptr + matrix * n_columns)
+    if HALF:
+        scale = scale * 0.5
+    a = tl.load(a_ptr + offset, mask=mask, other=0.0) * scale
+    b = tl.load(b_ptr + offset, mask=mask, other=0.0) * (scale * scale)
+    k = tl.load(k_ptr + offset, mask=mask, other=0.0) * (scale * scale * scale)
+    diagonal = tl.where(entry // n_cols == entry % n_cols, 1.0, 0.0).to(ACC)
+    back = 1.0 / (scale * scale * scale * scale)
+    for j in tl.static_range(len(EVEN) // 2):
+        block = diagonal * tl.full([], EVEN[2 * j], ACC) + a * tl.full([], ODD[2 * j], ACC)
+        block += b * tl.full([], EVEN[2 * j + 1], ACC) + k * tl.full([], ODD[2 * j + 1], ACC)
+        if j < len(EVEN) // 2 - 1:
+            block *= back
+        tl.store(out_ptr + (j * n_matrices * n_entries.to(tl.int64) + offset), block, mask=mask)
+
+
+def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, ...]:
+    """What `expm_bwd` needs: the first active round, the schedule, A, A^2, A^4 and A^3."""
+    w = w.reshape(-1, *w.shape[-2:])
+    mu = None
+    if sign == -1:
+        a = skew(w, config)
+    else:
+        a = symmetric(w, config)
+        mu = a.diagonal(dim1=1, dim2=2).mean(-1).clamp(-500.0, 0.0)
+        a.diagonal(dim1=1, dim2=2).sub_(mu[:, None])
+    b = product(a, a, config, form="symmetric")
+    tiles = n_tiles(w.size(1), config, "symmetric")
+    sums = torch.empty((w.size(0), tiles, 2), dtype=a.dtype, device=a.device)
+    b2 = product(b, b, config, form="symmetric", sums=sums)
+    k = product(a, b, config, form=_form(sign, "skew"))
+    odd = EVEN_ODD[sign, a.dtype][1]
+    n_columns = SERIES + len(odd) - 1
+    schedule = torch.empty((w.size(0), n_columns), dtype=a.dtype, device=a.device)
+    first = torch.empty(w.size(0), dtype=torch.int32, device=a.device)
+    options = _schedule_options(sign, a.dtype)
+    _schedule_kernel[(w.size(0),)](sums, mu, schedule, first, tiles, n_columns, **options)
+    return first, schedule, a, b, b2, k
+
+
+def expm_fwd(
+    w: torch.Tensor, sign: int, config: Config
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T for sign -1, triu(w) + triu(w, 1)^T for sign 1.
+
+    `w` is [..., n, n] of any strides. The result is new and contiguous, in the compute dtype
+    `torch.promote_types(w.dtype, torch.float32)`; beside it stands what `expm_bwd` needs.
+    """
+    if w.numel() == 0:
+        return torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device), ()
+    saved = prepare(w, sign, config)
+    first, schedule = saved[:2]
+    form = _form(sign, "full")
+    y = _polynomial(saved, sign, config, half=False)
+    ys = [y, y.clone()]
+    for turn in range(ROUNDS):
+        growth = _growth(schedule, ROUNDS - 1 - turn, sign)
+        y, out = ys[turn % 2], ys[(turn + 1) % 2]
+        product(y, y, config, out=out, scale=growth, form=form, first=first, turn=turn)
+    return ys[ROUNDS % 2].view(w.shape), saved
+
+
+def expm_bwd(
+    g: torch.Tensor,
+    w: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    sign: int,
+    config: Config,
+) -> torch.Tensor:
+    """The gradient of `w` from `g` [..., n, n], that of exp(A), both in the compute dtype.
+
+    `saved` is what `prepare` returned for `w`.
+    """
+    if g.numel() == 0:
+        return torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    first, schedule, a, _, _, _ = saved
+    form = _form(sign, "full")
+    z = _polynomial(saved, sign, config, half=True)
+    m = product(flatten(g, 2), z.mT, config)
+    if sign == -1:
+        m = product(z.mT, m, config)
+    else:
+        m = product(z, m, config, alpha=0.5, scale=_growth(schedule, 0, sign), form="sum")
+    zs, ms, x = [z, z.clone()], [m, m.clone()], torch.empty_like(m)
+    for turn in range(ROUNDS):
+        growth = _growth(schedule, ROUNDS - turn, sign)
+        active = {"first": first, "turn": turn}
+        z, z_out = zs[turn % 2], zs[(turn + 1) % 2]
+        m, m_out = ms[turn % 2], ms[(turn + 1) % 2]
+        product(z, z, config, out=z_out, scale=growth, form=form, **active)  # Z_h in the first
+        if sign == -1:
+            product(m, z_out.mT, config, out=x, **active)
+            product(z_out.mT, m, config, out=m_out, c=x, **active)
+        else:
+            product(m, z_out, config, out=m_out, scale=growth, form="sum", **active)
+    m = ms[ROUNDS % 2]
+    t = m - m.mT if sign == -1 else m
+    p = t
+    for i in reversed(range(schedule.size(1) - SERIES)):
+        x = product(a, p, config, scale=schedule[:, SERIES + i], form="difference")
+        end = {"form": _form(sign, "difference", "sum")}
+        if i == 0:
+            end = {"form": _form(sign, "skew_gradient", "symmetric_gradient")}
+            end |= {"scale": schedule[:, GRADIENT]}
+        p = product(a, x, config, c=t, beta=0.5, **end)
+    return p.view(g.shape)
+
+
+def _form(sign: int, of_skew: str, of_symmetric: str = "symmetric") -> str:
+    return of_skew if sign == -1 else of_symmetric
+
+
+def _growth(schedule: torch.Tensor, left: int, sign: int) -> torch.Tensor | None:
+    """What multiplies the matrices that have so many squarings to go."""
+    return schedule[:, GROWTH + left] if sign == 1 and left <= 3 else None
+
+
+def _polynomial(
+    saved: tuple[torch.Tensor, ...], sign: int, config: Config, *, half: bool
+) -> torch.Tensor:
+    """exp(A sigma), or of half of that."""
+    _, schedule, a, b, b2, k = saved
+    n_matrices, n, _ = a.shape
+    even, _ = EVEN_ODD[sign, a.dtype]
+    blocks = torch.empty((len(even) // 2, *a.shape), dtype=a.dtype, device=a.device)
+    grid = (n_matrices * triton.cdiv(n * n, _BLOCK),)
+    sizes = (n_matrices, n * n, n, schedule.size(1))
+    options = _blocks_options(sign, a.dtype, half)
+    _blocks_kernel[grid](a, b, k, schedule, blocks, *sizes, **options)
+    y = blocks[-1]
+    for j in reversed(range(len(even) // 2 - 1)):
+        column = HALF_POLYNOMIAL if half else POLYNOMIAL if j else LAST_POLYNOMIAL
+        scale = schedule[:, column]
+        y = product(b2, y, config, c=blocks[j], scale=scale, form=_form(sign, "full"))
+    return y
+
+
+_BLOCK = 1024  # entries of a program
+
+
+def _schedule_options(sign: int, dtype: torch.dtype) -> dict:
+    options = {"SIGN": sign, "ODD": EVEN_ODD[sign, dtype][1], "ROUNDS": ROUNDS, "BLOCK": 64}
+    return options | {"ACC": TRITON_DTYPE[dtype], "num_warps": 1, "enable_fp_fusion": True}
+
+
+def _blocks_options(sign: int, dtype: torch.dtype, half: bool) -> dict:
+    even, odd = EVEN_ODD[sign, dtype]
+    options = {"HALF": half, "EVEN": even, "ODD": odd, "BLOCK": _BLOCK}
+    return options | {"ACC": TRITON_DTYPE[dtype], "num_warps": 4, "enable_fp_fusion": True}
+
+
+def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
+    """The default for n x n matrices, that of every product."""
+    return product_config(n, dtype, backend)
+
+
+def shipped(backend: str) -> list[tuple]:
+    """What is launched beside products, for compiling ahead of time, as `cayley.shipped`."""
+    rows: list[tuple] = []
+    for (sign, dtype), _ in EVEN_ODD.items():
+        acc, label = f"*{NAME[dtype]}", f"{'skew' if sign == -1 else 'symmetric'}_{NAME[dtype]}"
+        types = dict.fromkeys(("sums_ptr", "mu_ptr", "schedule_ptr"), acc) | {"first_ptr": "*i32"}
+        options = _schedule_options(sign, dtype)
+        rows.append((f"expm_schedule_{label}", _schedule_kernel, types, options))
+        types = dict.fromkeys(("a_ptr", "b_ptr", "k_ptr", "schedule_ptr", "out_ptr"), acc)
+        options = _blocks_options(sign, dtype, True)
+        rows.append((f"expm_blocks_{label}", _blocks_kernel, types, options))
+    return rows

@@ -1,0 +1,118 @@
+"""The exponential as a sequence of products, launched directly, against torch in fp64."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import tritonparam as tp
+from tests.cases import errors, through
+from tests.test_expm_kernels import EPS, kinds, original, reference
+from tritonparam.kernels.expm_gemm import ROUNDS, config, expm_bwd, expm_fwd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(w, g, sign):
+    w, g = w.to(DEVICE), g.to(DEVICE)
+    numbers = config(w.size(-1), torch.promote_types(w.dtype, torch.float32))
+    y, saved = expm_fwd(w, sign, numbers)
+    dw = expm_bwd(g.to(y.dtype), w, saved, sign, numbers)
+    assert y.shape == dw.shape == w.shape
+    assert y.dtype == dw.dtype == torch.promote_types(w.dtype, torch.float32)
+    assert y.is_contiguous()
+    assert not dw.tril(-1).any()
+    if sign == 1:
+        assert torch.equal(y.nan_to_num(), y.mT.nan_to_num())
+    return y.double().cpu(), dw.double().cpu()
+
+
+def check(w, g, sign):
+    """As exact as torch's in fp32: 3 times its error, and 4 eps; in fp64 scaled by the eps."""
+    y, dw = reference(w, g, sign, torch.float64)
+    y32, dw32 = reference(w, g, sign, torch.float32)
+    got_y, got_dw = run(w, g, sign)
+    eps = torch.finfo(torch.promote_types(w.dtype, torch.float32)).eps
+    scale = 1.0 if eps == EPS else 2 * eps / EPS  # the reference's own error counts twice
+    for got, by_torch, exact in ((got_y, y32, y), (got_dw, dw32, dw)):
+        tolerance = 3 * scale * errors(by_torch, exact).median() + (4 if scale == 1 else 16) * eps
+        assert errors(got, exact).median() <= tolerance
+
+
+@kinds
+@pytest.mark.parametrize(("n", "norm"), [(1, 0.5), (33, 0.5), (40, 9.0), (20, 80.0)])
+def test_as_exact_as_torch(n, norm, sign):
+    check(original(n, norm, sign, 1), torch.randn(1, n, n), sign)
+
+
+@kinds
+def test_fp64_stays_fp64(sign):
+    check(original(6, 3.0, sign, 2).double(), torch.randn(2, 6, 6).double(), sign)
+
+
+@kinds
+def test_each_matrix_has_its_own_squarings(sign):
+    w = torch.cat([original(7, norm, sign, 1) for norm in (0.1, 30.0, 3.0)])
+    g = torch.randn(3, 7, 7)
+    y, dw = reference(w, g, sign, torch.float64)
+    got_y, got_dw = run(w, g, sign)
+    assert errors(got_y, y).max() <= 3e-6  # 2^5 eps, at norm 30
+    assert errors(got_dw, dw).max() <= 3e-6
+    one_y, one_dw = run(w[1:2], g[1:2], sign)
+    assert torch.equal(one_y, got_y[1:2])
+    assert torch.equal(one_dw, got_dw[1:2])
+
+
+def test_small_eigenvalues_keep_their_digits():
+    w = original(9, 1.0, 1, 1) - 80.0 * torch.eye(9)
+    check(w, torch.randn(1, 9, 9), 1)
+
+
+def test_what_the_rounds_do_not_reach_is_nan():
+    w = original(5, 2.0 ** (ROUNDS + 2), -1, 2)
+    w[0] /= 2.0**8
+    w[1, 0, 1] = 2.0 ** (ROUNDS + 2)
+    y, dw = run(w, torch.randn(2, 5, 5), -1)
+    assert y[0].isfinite().all()
+    assert dw[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert dw[1].triu(1)[torch.ones(5, 5).triu(1) > 0].isnan().all()
+
+
+@kinds
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_stays_in_its_matrix(bad, sign):
+    w, g = original(4, 1.0, sign, 2), torch.randn(2, 4, 4)
+    y, dw = run(w, g, sign)
+    w[1, 0, 3] = bad
+    bad_y, bad_dw = run(w, g, sign)
+    assert bad_y[1].isnan().all()
+    assert bad_dw[1].isnan().any()
+    assert torch.equal(bad_y[0], y[0])
+    assert torch.equal(bad_dw[0], dw[0])
+
+
+def test_any_strides_and_16_bits():
+    w, g = original(6, 1.0, -1, 2).mT, torch.randn(2, 6, 6).mT
+    check(w, g, -1)
+    check(w.bfloat16(), g, -1)
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(0, 40, 40), (0, 0)])
+def test_empty(shape, sign):
+    y, dw = run(torch.zeros(shape), torch.zeros(shape), sign)
+    assert y.numel() == dw.numel() == 0
+
+
+@kinds
+def test_the_op_takes_it_beyond_one_tile(sign):
+    function = tp.ops.expm.skew_exp if sign == -1 else tp.ops.expm.symmetric_exp
+    w = original(34, 1.0, sign, 1).to(DEVICE)
+    g = torch.randn(1, 34, 34, device=DEVICE)
+    with tp.use_path("kernel"):
+        y, dw = through(function, w, g)
+    y64, dw64 = reference(w.cpu(), g.cpu(), sign, torch.float64)
+    assert errors(y.cpu(), y64).max() <= 1e-6
+    assert errors(dw.cpu(), dw64).max() <= 1e-6
+    assert tp.stats()["kernel"] == 1
