@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 # other are told apart by the fraction.
 FLOORS = {
     "kernels": 0,
+    "kernels.slices": 0.1,
     "kernels.tile": 0.1,
     "kernels.cayley": 0.2,
+    "kernels.weight_norm": 0.2,
     "kernels.aot": 0.3,
     "numerics": 1,
     "transaction": 1,

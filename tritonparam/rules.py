@@ -161,6 +161,6 @@ RULES = (
         chain=(_WeightNorm,),
         op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
         declines=_weight_norm_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=weight_norm.kernel_declines,
     ),
 )
