@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonparam.kernels import cayley, weight_norm
+from tritonparam.kernels import cayley, spectral_norm, weight_norm
 
-MODULES = (cayley, weight_norm)  # every file of kernels
+MODULES = (cayley, spectral_norm, weight_norm)  # every file of kernels
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -36,16 +36,16 @@ def pick(lists, index):
 
 @triton.jit
 def locate(sizes, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
-    """The program's tensor, its block of rows, its part of their columns and of how many, and
-    the tensor's sizes: rows, columns, after, the span of a part, and where its scratch begins.
+    """The program's tensor, its place among that tensor's programs, and the tensor's sizes:
+    rows, columns, after, the span of one program, where its scratch begins, and a count.
 
     `sizes` is one tuple: the first program of each tensor, the rows of each, and so on.
     """
-    N: tl.constexpr = len(sizes) // 6
+    N: tl.constexpr = len(sizes) // 7
     program = tl.program_id(0)
     which = program * 0
     picked = ()
-    for field in tl.static_range(6):
+    for field in tl.static_range(7):
         x = sizes[field * N]
         for i in tl.static_range(1, N):
             x = tl.where(program * 16 >= sizes[i], sizes[field * N + i], x)
@@ -55,11 +55,8 @@ def locate(sizes, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
     place = program - picked[0]
     n_rows = picked[1] * UNIT if LAYOUT == "columns" else picked[1]
     n_cols = picked[2] * UNIT if LAYOUT == "rows" else picked[2]
-    span = picked[4]
-    n_parts = (n_cols + span - 1) // span
-    block, part = place // n_parts, place % n_parts
     scratch = picked[5].to(tl.int64)
-    return which, block, part, n_parts, n_rows, n_cols, picked[3], span, scratch
+    return which, place, n_rows, n_cols, picked[3], picked[4], scratch, picked[6]
 
 
 @triton.jit
@@ -131,8 +128,10 @@ def _dots_kernel(
     ACC: tl.constexpr,
 ):
     """sums[part, row] = sum of x y over the part's columns."""
-    which, block, part, _, n_rows, n_cols, after, span, scratch = locate(sizes, LAYOUT, UNIT)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    part = place % n_parts
+    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     x_ptr, y_ptr = pick((x_ptrs, y_ptrs), which)
     r = row[:, None]
     last = tl.minimum((part + 1) * span, n_cols)
@@ -153,14 +152,18 @@ class Config:
     """Launch numbers for all sizes of one dtype.
 
     Attributes:
-        elements: in a tile, shared out over `num_warps`.
-        max_row: the longest row that one program holds on chip.
+        elements: in a tile.
+        num_warps: for a tile of whole contiguous rows, or of parts of columns.
+        more_warps: for any other; with fewer its addresses do not fit into the registers.
+        max_row: the longest contiguous row that one program holds on chip; others end at
+            `elements`.
         max_programs: over which a tensor is spread where its programs leave partial sums.
         max_tensors: in one launch.
     """
 
     elements: int = 4096
     num_warps: int = 4
+    more_warps: int = 8
     max_row: int = 16384
     max_programs: int = 512
     max_tensors: int = 16
@@ -193,8 +196,9 @@ class Member:
     n_cols: int
     after: int
     programs: int
-    span: int = 0
+    span: int
     scratch: int = 0
+    count: int = 0
 
 
 def default_config(dtype: torch.dtype) -> Config:
@@ -209,8 +213,11 @@ def blocks(shape: Sequence[int], config: Config, *, whole: bool) -> Blocks:
     n_cols = before * after
     inner = {"rows": n_cols, "columns": n, "mixed": 1}[layout]
     unit = _UNIT if inner % _UNIT == 0 else 1
-    size, warps = config.elements, config.num_warps
-    whole = whole and n_cols <= (64 if layout == "columns" else config.max_row)
+    size = config.elements
+    longest = {"rows": config.max_row, "columns": 64, "mixed": size}[layout]
+    whole = whole and n_cols <= longest
+    few = (layout, whole) in (("rows", True), ("columns", False))
+    warps = config.num_warps if few else config.more_warps
     if layout == "columns" or n_cols <= 64:
         rows, cols = size // 64, 64
     elif n_cols <= size // 8 or (n >= 8 and not whole):
@@ -228,13 +235,12 @@ def member(
     config: Config,
     *,
     whole: bool = False,
-    one_tile: bool = False,
     scratch: int = 0,
+    count: int = 0,
 ) -> Member:
     """The share of xs[0], [before, n, after]; xs are all that the kernel gets of this tensor.
 
-    Each program takes some rows and, of a row that is not whole, a span of columns: one tile, or
-    as many as keep the number of programs within the config's.
+    Each program takes one block of rows and, of rows that are not whole, a span of columns.
     """
     before, n, after = xs[0].shape
     block = blocks(xs[0].shape, config, whole=whole)
@@ -242,10 +248,10 @@ def member(
         block = replace(block, aligned=False)
     n_blocks = triton.cdiv(n, block.rows)
     tiles = triton.cdiv(before * after, block.cols)
-    parts = tiles if one_tile else min(tiles, max(config.max_programs // n_blocks, 1))
-    span = triton.cdiv(tiles, parts) * block.cols
+    wanted = min(tiles, max(config.max_programs // n_blocks, 1))
+    span = triton.cdiv(tiles, wanted) * block.cols
     programs = n_blocks * triton.cdiv(before * after, span)
-    return Member(index, block, n, before * after, after, programs, span, scratch)
+    return Member(index, block, n, before * after, after, programs, span, scratch, count)
 
 
 def parts(m: Member) -> int:
@@ -295,7 +301,8 @@ def _launch(
     col_unit = block.unit if block.layout == "rows" else 1
     sizes += [m.n_rows // row_unit for m in filled]
     sizes += [m.n_cols // col_unit for m in filled]
-    sizes += [m.after for m in filled] + [m.span for m in filled] + [m.scratch for m in filled]
+    sizes += [m.after for m in filled] + [m.span for m in filled]
+    sizes += [m.scratch for m in filled] + [m.count for m in filled]
     sizes = tuple([_UNIT * size for size in sizes])
     kernel[(starts[-1],)](*tuples, *arguments, sizes, **constants(kernel, block), **options)
 
@@ -351,7 +358,7 @@ def shipped_row(
     for pointer in lists.split():
         types[pointer.rstrip("*")] = (acc if pointer.endswith("*") else low,) * length
     types |= dict.fromkeys(flat.split(), acc)
-    types["sizes"] = ("i32",) * (6 * length)
+    types["sizes"] = ("i32",) * (7 * length)
     options = constants(kernel, block) | {"ACC": TRITON_DTYPE[compute]} | options
     whole = "_whole" if block.whole else ""
     where = f"{block.layout}_{block.rows}x{block.cols}{whole}_{length}_{_NAMES[dtype]}"

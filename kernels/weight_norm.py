@@ -47,8 +47,10 @@ def _weight_norm_fwd_kernel(
 
     Rows that are not whole in a tile come with the partial sums of v v.
     """
-    which, block, part, n_parts, n_rows, n_cols, after, span, scratch = locate(sizes, LAYOUT, UNIT)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    part = place % n_parts
+    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     g_ptr, v_ptr, w_ptr, norm_ptr = pick((g_ptrs, v_ptrs, w_ptrs, norm_ptrs), which)
     r = row[:, None]
@@ -97,8 +99,10 @@ def _weight_norm_bwd_kernel(
 
     Rows that are not whole in a tile come with the partial sums of dw v.
     """
-    which, block, part, n_parts, n_rows, n_cols, after, span, scratch = locate(sizes, LAYOUT, UNIT)
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    part = place % n_parts
+    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     dw_ptr, g_ptr, v_ptr = pick((dw_ptrs, g_ptrs, v_ptrs), which)
     norm_ptr, dg_ptr, dv_ptr = pick((norm_ptrs, dg_ptrs, dv_ptrs), which)

@@ -194,6 +194,7 @@ CASES = (
         name="spectral_norm",
         links=lambda w: [_SpectralNorm(w.detach())],
         form="layer",
+        max_kernel_n=math.inf,
     ),
     Case(
         name="weight_norm",

@@ -18,6 +18,7 @@ FLOORS = {
     "kernels.slices": 0.1,
     "kernels.tile": 0.1,
     "kernels.cayley": 0.2,
+    "kernels.spectral_norm": 0.2,
     "kernels.weight_norm": 0.2,
     "kernels.aot": 0.3,
     "numerics": 1,

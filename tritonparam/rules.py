@@ -154,7 +154,7 @@ RULES = (
         chain=(_SpectralNorm,),
         op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
         declines=_spectral_norm_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=spectral_norm.kernel_declines,
     ),
     Rule(
         name="weight_norm",
