@@ -365,13 +365,16 @@ def shipped_row(
     return (f"{name}_{where}", kernel, types, options)
 
 
+def dots_row(block: Blocks, dtype: torch.dtype, length: int) -> tuple:
+    """The partial sums of x y, for compiling ahead of time."""
+    return shipped_row(_dots_kernel, "dots", block, dtype, length, "x_ptrs y_ptrs", "sums_ptr")
+
+
 def shipped_shapes() -> list[tuple[torch.dtype, tuple[int, int, int], int]]:
-    """Shapes, with a number of tensors, that meet every tile and every layout."""
-    shapes = [(1, 64, 32), (1, 64, 512), (1, 64, 4096), (1, 64, 16384), (1, 64, 32768)]
-    fp32 = [*shapes, (1, 1, 32768), (64, 64, 1), (128, 64, 1), (256, 64, 16), (4096, 64, 16)]
+    """Shapes, with a number of tensors, that meet every tile in fp32 and the largest in others."""
+    fp32 = [(1, 64, n) for n in (32, 512, 4096, 16384, 32768)]
+    fp32 += [(1, 1, 32768), (64, 64, 1), (128, 64, 1), (256, 64, 16), (4096, 64, 16)]
     rows = [(torch.float32, shape, 1) for shape in fp32]
-    rows += [(torch.float32, (1, 64, n), 16) for n in (4096, 16384, 32768)]
-    rows += [(torch.bfloat16, shape, 1) for shape in shapes]
-    rows += [(torch.float16, (1, 64, n), 1) for n in (512, 32768)]
-    rows += [(torch.float64, (1, 64, n), 1) for n in (512, 4096, 32768)]
-    return rows
+    rows += [(torch.float32, (1, 64, 32768), 16), (torch.float16, (1, 64, 512), 1)]
+    rows += [(torch.bfloat16, (1, 64, n), 1) for n in (32, 32768)]
+    return rows + [(torch.float64, (1, 64, n), 1) for n in (512, 4096, 32768)]

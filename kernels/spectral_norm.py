@@ -345,7 +345,7 @@ def spectral_norm_bwd(
     flat_g, flat_w = ([x.view(1, 1, -1) for x in xs] for xs in (gs, ws))
     dot, backward = [], []
     size = 0
-    for i, w in enumerate(ws):
+    for i in range(len(ws)):
         m = member(i, (flat_g[i], flat_w[i]), config, scratch=size)
         dot.append(m)
         tensors = (gs[i], us[i], vs[i], sigmas[i], dws[i])
@@ -367,10 +367,18 @@ def _up(n: int) -> int:
     return triton.cdiv(n, 16) * 16
 
 
+def _power_blocks(block: Blocks, config: Config) -> Blocks:
+    """A single row is held whole or not at all."""
+    if block.whole or block.rows > 1:
+        return block
+    return replace(block, rows=8, cols=config.elements // 8)
+
+
 def _power_member(index: int, xs: Sequence[torch.Tensor], config: Config, scratch: int) -> Member:
     """Rows that are whole are shared out over half of the programs, at least four to each: more
     programs leave more parts to add up."""
     m = member(index, xs, config, whole=True, scratch=scratch)
+    m = replace(m, blocks=_power_blocks(m.blocks, config))
     rows = m.blocks.rows
     if m.blocks.whole:
         wanted = max(triton.cdiv(m.n_rows, config.max_programs // 2), 4)
@@ -386,30 +394,32 @@ def shipped(backend: str) -> list[tuple]:
         row = shipped_row(kernel, name, block, dtype, length, lists, flat, **options)
         rows.setdefault(row[0], row)
 
+    lists = "w_ptrs u_ptrs v_ptrs"
+    lists_fwd = f"{lists} y_ptrs saved_ptrs*"
+    lists_bwd = "g_ptrs u_ptrs* v_ptrs* sigma_ptrs* dw_ptrs"
+    eps = {"EPS": 1e-12}
+    train = eps | {"TRAINING": True, "BLOCK_Q": _BLOCK_Q}
+    test = eps | {"TRAINING": False, "BLOCK_Q": _BLOCK_Q}
+    power = (_power_kernel, "spectral_norm_power")
+    forward = (_spectral_norm_fwd_kernel, "spectral_norm_fwd")
+    backward = (_spectral_norm_bwd_kernel, "spectral_norm_bwd")
     for dtype, shape, length in shipped_shapes():
         config = default_config(dtype)
-        row_block = blocks(shape, config, whole=True)
         block = blocks(shape, config, whole=False)
-        eps = {"EPS": 1e-12}
-        train = eps | {"TRAINING": True, "BLOCK_Q": _BLOCK_Q}
-        test = eps | {"TRAINING": False, "BLOCK_Q": _BLOCK_Q}
-        lists = "w_ptrs u_ptrs v_ptrs"
-        power = (_power_kernel, "spectral_norm_power")
+        row_block = _power_blocks(blocks(shape, config, whole=True), config)
         add(*power, row_block, dtype, length, lists, "scratch_ptr", FIRST=True, **train)
-        forward = (_spectral_norm_fwd_kernel, "spectral_norm_fwd")
-        lists_fwd = f"{lists} y_ptrs saved_ptrs*"
         add(*forward, block, dtype, length, lists_fwd, "scratch_ptr", **train)
-        backward = (_spectral_norm_bwd_kernel, "spectral_norm_bwd")
-        lists_bwd = "g_ptrs u_ptrs* v_ptrs* sigma_ptrs* dw_ptrs"
         add(*backward, block, dtype, length, lists_bwd, "sums_ptr")
-        if dtype in (torch.float32, torch.float64) and length == 1 and shape[1] > 1:
-            next_power = (_power_kernel, "spectral_norm_next")
-            add(*next_power, row_block, dtype, length, lists, "scratch_ptr", FIRST=False, **train)
-            total = (_power_sum_kernel, "spectral_norm_sum")
-            add(*total, _SUM, dtype, length, "", "scratch_ptr", **eps)
-        if dtype == torch.float32 and length == 1 and block.layout == "rows":
-            eval_power = (_power_kernel, "spectral_norm_eval_power")
-            add(*eval_power, row_block, dtype, length, lists, "scratch_ptr", FIRST=True, **test)
-            eval_forward = (_spectral_norm_fwd_kernel, "spectral_norm_eval_fwd")
-            add(*eval_forward, block, dtype, length, lists_fwd, "scratch_ptr", **test)
+    for dtype in (torch.float32, torch.float64):
+        config = default_config(dtype)
+        total = (_power_sum_kernel, "spectral_norm_sum")
+        add(*total, _SUM, dtype, 1, "", "scratch_ptr", **eps)
+        block = blocks((1, 64, 32768), config, whole=False)
+        again = (_power_kernel, "spectral_norm_power_again")
+        for row_block in (block, blocks((1, 64, 4096), config, whole=True)):
+            add(*again, row_block, dtype, 1, lists, "scratch_ptr", FIRST=False, **train)
+        power = (_power_kernel, "spectral_norm_power_eval")
+        add(*power, block, dtype, 1, lists, "scratch_ptr", FIRST=True, **test)
+        forward = (_spectral_norm_fwd_kernel, "spectral_norm_fwd_eval")
+        add(*forward, block, dtype, 1, lists_fwd, "scratch_ptr", **test)
     return list(rows.values())

@@ -14,6 +14,7 @@ from tritonparam.kernels.slices import (
     blocks,
     default_config,
     dots,
+    dots_row,
     launch,
     locate,
     member,
@@ -205,7 +206,7 @@ def _sums(
 
 
 def shipped(backend: str) -> list[tuple]:
-    """What compiles ahead of time: one tensor in every tile, and groups in the largest."""
+    """What compiles ahead of time: one tensor in every tile, and a group."""
     rows = []
     fwd = (_weight_norm_fwd_kernel, "weight_norm_fwd")
     fwd_lists = "g_ptrs v_ptrs w_ptrs norm_ptrs*"
@@ -215,4 +216,6 @@ def shipped(backend: str) -> list[tuple]:
         block = blocks(shape, default_config(dtype), whole=True)
         rows.append(shipped_row(*fwd, block, dtype, length, fwd_lists, "sums_ptr"))
         rows.append(shipped_row(*bwd, block, dtype, length, bwd_lists, "sums_ptr"))
+        if not block.whole:
+            rows.append(dots_row(block, dtype, length))
     return rows

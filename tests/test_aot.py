@@ -46,6 +46,10 @@ def test_every_configuration_is_compiled(rows, target):
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         assert {f"cayley_fwd_{n}_{dtype}" for n in (8, 16, 32, 64)} <= set(names)
         assert {f"cayley_bwd_{n}_{dtype}" for n in (16, 32, 64)} <= set(names)
+        for map_ in ("spectral_norm", "weight_norm"):
+            for way in ("fwd", "bwd"):
+                start = f"{map_}_{way}_rows_8x512_"
+                assert any(x.startswith(start) and x.endswith(dtype) for x in names)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -18,7 +18,7 @@ _kernels: ModuleType | None = None
 
 
 def kernel_declines(w: Tensor, *vectors: Tensor) -> str:
-    """Why the Triton kernel cannot take w and its power iteration's u and v, or the empty string."""
+    """Why the Triton kernel cannot take w and the buffers u and v, or the empty string."""
     if reason := registry.device_declines(w):
         return reason
     if w.dim() < 2:
