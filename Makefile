@@ -28,7 +28,7 @@ bench: $(VENV)/.ready
 # benchmarks in what is left of BUDGET seconds. Result files go to $OUT where it is set, else to
 # benchmarks/results/<device>/.
 GPU_TESTS := tests/test_gpu.py tests/test_chains.py tests/test_cayley_kernels.py \
-	tests/test_torch_around.py
+	tests/test_norm_kernels.py tests/test_torch_around.py
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@start=$$(date +%s); status=0; \

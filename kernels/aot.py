@@ -11,9 +11,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonparam.kernels import cayley, expm, expm_gemm, gemm
+from tritonparam.kernels import cayley, expm, expm_gemm, gemm, spectral_norm, weight_norm
 
-MODULES = (cayley, expm, expm_gemm, gemm)  # every file of kernels
+# Every file of kernels.
+MODULES = (cayley, expm, expm_gemm, gemm, spectral_norm, weight_norm)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -39,14 +40,21 @@ def shipped_resources(target: str) -> list[Resources]:
 def compile_kernel(name: str, kernel, types: dict, options: dict, target: str) -> Resources:
     """Compile one @triton.jit function; `options` holds its constants and the launch options.
 
-    `types` names the pointers' types, for example {"w_ptr": "*fp32"}; other arguments are i32.
+    `types` names the pointers' types, for example {"w_ptr": "*fp32"}; other arguments are i32. A
+    tuple of types is one argument, whose members are multiples of 16.
     """
     constants = {key: value for key, value in options.items() if key in kernel.arg_names}
     defaults = {p.name: p.default for p in kernel.params if p.has_default}
     constants = {**defaults, **constants}
     signature = dict.fromkeys(kernel.arg_names, "i32") | types
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constexprs=constants)
+    attrs = {
+        (kernel.arg_names.index(key), i): [["tt.divisibility", 16]]
+        for key, members in types.items()
+        if isinstance(members, tuple)
+        for i in range(len(members))
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     launch = {key: value for key, value in options.items() if key not in constants}
     gpu = _gpu_target(target)
     compiled = triton.compile(source, target=gpu, options=launch)

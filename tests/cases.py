@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Case:
         name: the name of its row.
         links: makes new links for a weight.
         form: of the weight: "square" and "tall" in batches, "layer" is one matrix.
-        max_kernel_n: the largest matrix its kernel takes, 0 without one.
+        max_kernel_n: the largest n its kernel takes, 0 without one, infinite where any.
         kernel_dtypes: of the original, that its kernel takes.
         argument: what the map is applied to, for an original; linear in it. None is the original.
         max_norm: of the argument, up to which the result is representable in fp32.
@@ -31,7 +32,7 @@ class Case:
     name: str
     links: Callable[[Tensor], list[nn.Module]]
     form: str = "square"
-    max_kernel_n: int = 0
+    max_kernel_n: float = 0
     kernel_dtypes: tuple[torch.dtype, ...] = tp.registry.DTYPES
     argument: Callable[[Tensor], Tensor] | None = None
     max_norm: float = 1e3
@@ -208,6 +209,12 @@ CASES = (
         name="spectral_norm",
         links=lambda w: [_SpectralNorm(w.detach())],
         form="layer",
+        max_kernel_n=math.inf,
     ),
-    Case(name="weight_norm", links=lambda _: [_WeightNorm()], form="layer"),
+    Case(
+        name="weight_norm",
+        links=lambda _: [_WeightNorm()],
+        form="layer",
+        max_kernel_n=math.inf,
+    ),
 )

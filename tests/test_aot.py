@@ -51,6 +51,10 @@ def test_every_configuration_is_compiled(rows, target):
             expected = {f"{kind}_exp_fwd_{n}_{dtype}" for kind in KINDS for n in (16, 32)}
             expected |= {name.replace("fwd", "bwd") for name in expected}
             assert expected <= set(names)
+        for map_ in ("spectral_norm", "weight_norm"):
+            for way in ("fwd", "bwd"):
+                start = f"{map_}_{way}_rows_8x512_"
+                assert any(x.startswith(start) and x.endswith(dtype) for x in names)
 
 
 @pytest.mark.parametrize("target", TARGETS)

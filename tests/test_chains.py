@@ -200,9 +200,11 @@ def test_gradcheck_closed(case, size, signs, device):
 @with_kernel
 def test_gradcheck_kernel(case, device):
     if torch.float64 not in case.kernel_dtypes:
-        pytest.skip("the kernel does not compute in fp64")
-    for shape in (case.shape(3), case.shape(4, 2)):
-        module, xs = _double_originals(case, shape, device)
+        pytest.skip("the kernel does not compute in fp64 here")
+    # Finite differences of few entries: the interpreter takes 20 to 50 ms per evaluation.
+    sizes = ((1,), (2,)) if case.form == "layer" else ((3,), (4, 2))
+    for size in sizes:
+        module, xs = _double_originals(case, case.shape(*size), device)
         function = _as_function(case, module, "kernel")
         with tp.use_path("kernel"):  # the backward too
             assert torch.autograd.gradcheck(function, xs)

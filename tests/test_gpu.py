@@ -59,7 +59,8 @@ def test_capture_and_replay(case, shape):
     with torch.cuda.graph(graph):
         y, dw = fused(module, g, "kernel")
     with torch.no_grad():
-        module.parametrizations.weight.original.mul_(-0.5)
+        for original in module.parametrizations.weight.parameters():
+            original.mul_(-0.5)
     graph.replay()
     expected = fused(module, g, "kernel")
     assert torch.equal(y, expected[0])

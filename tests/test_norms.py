@@ -511,7 +511,8 @@ def test_every_evaluation_is_counted_once():
         assert tp.stats() == {"kernel": 0, "closed": 1, "composed": 0}
 
 
-def test_no_kernel_is_refused_before_the_buffers_move():
+def test_no_kernel_is_refused_before_the_buffers_move(monkeypatch):
+    monkeypatch.setattr(tp.registry, "_HAS_TRITON", False)
     w = torch.randn(4, 3)
     link = spectral_link(w)
     before = link._u.clone()

@@ -14,7 +14,7 @@ Saved = tuple[Tensor, ...]
 Gradients = tuple[Tensor, ...]
 
 
-class FusedMap:
+class EagerMap:
     """A map of tensors to one tensor, with its own derivative; called like a function.
 
     The result is a fresh contiguous tensor of the shape and dtype of the argument `like`. The
@@ -22,17 +22,49 @@ class FusedMap:
     and are called with autocast off.
 
     Arguments:
-        name: of the custom operators ``tritonparam::name`` and ``tritonparam::name_backward``.
-        schema: the arguments in the operator's schema, those with gradients first, then other
-            tensors, then numbers: ``"Tensor w, Tensor d, float scale"``.
         forward: called with the arguments; returns the value, contiguous in the compute dtype,
             and what to save for the backward pass, inputs and the value among it or not.
         backward: called as ``backward(g, saved, dtype, *numbers)`` with the dtype of the first
             argument; returns the gradients of the leading arguments.
         graph: the same gradients, computed by differentiable operators on `saved`, for
             ``create_graph=True``.
+        n_tensors: how many of the arguments are tensors, those with gradients first; numbers
+            follow.
         n_gradients: how many leading arguments have gradients.
         like: the position of the argument that has the result's shape and dtype.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., tuple[Tensor, Any]],
+        backward: Callable[..., Gradients],
+        graph: Callable[..., Gradients],
+        *,
+        n_tensors: int,
+        n_gradients: int = 1,
+        like: int = 0,
+    ) -> None:
+        self.forward, self.backward, self.graph = forward, backward, graph
+        self.n_tensors, self.n_gradients, self.like = n_tensors, n_gradients, like
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The map's value, differentiable in the leading arguments."""
+        dtype = args[self.like].dtype
+        if torch.is_grad_enabled() and any([x.requires_grad for x in args[: self.n_gradients]]):
+            y = _Function.apply(self, *args)
+        else:
+            with no_autocast(args[0]):
+                y, _ = self.forward(*args)
+        return y if y.dtype == dtype else y.to(dtype)
+
+
+class FusedMap(EagerMap):
+    """An eager map that is an operator too, for a compiler.
+
+    Arguments, beyond those of an eager map:
+        name: of the custom operators ``tritonparam::name`` and ``tritonparam::name_backward``.
+        schema: the arguments in the operator's schema, those with gradients first, then other
+            tensors, then numbers: ``"Tensor w, Tensor d, float scale"``.
         resume: ``resume(value, *arguments)`` returns what `forward` saves; a compiled graph keeps
             arguments and value only. None computes `forward` again.
     """
@@ -49,23 +81,18 @@ class FusedMap:
         like: int = 0,
         resume: Callable[..., Any] | None = None,
     ) -> None:
-        self.name = name
-        self.forward, self.backward, self.graph = forward, backward, graph
-        self.n_gradients, self.like, self.resume = n_gradients, like, resume
-        self.n_tensors = schema.count("Tensor")
+        n_tensors = schema.count("Tensor")
+        super().__init__(
+            forward, backward, graph, n_tensors=n_tensors, n_gradients=n_gradients, like=like
+        )
+        self.name, self.resume = name, resume
         self._operator = self._define(schema)
 
     def __call__(self, *args: Any) -> Tensor:
         """The map's value, differentiable in the leading arguments."""
-        dtype = args[self.like].dtype
         if torch.compiler.is_compiling():
-            return self._operator(*args).to(dtype)
-        if torch.is_grad_enabled() and any([x.requires_grad for x in args[: self.n_gradients]]):
-            y = _Function.apply(self, *args)
-        else:
-            with no_autocast(args[0]):
-                y, _ = self.forward(*args)
-        return y if y.dtype == dtype else y.to(dtype)
+            return self._operator(*args).to(args[self.like].dtype)
+        return super().__call__(*args)
 
     def _define(self, schema: str) -> Callable[..., Tensor]:
         def forward(*args: Any) -> Tensor:
@@ -126,10 +153,10 @@ class FusedMap:
 
 
 class _Function(torch.autograd.Function):
-    """The eager door: FusedMap, arguments -> the value in the compute dtype."""
+    """The eager door: EagerMap, arguments -> the value in the compute dtype."""
 
     @staticmethod
-    def forward(ctx: Any, fused: FusedMap, *args: Any) -> Tensor:
+    def forward(ctx: Any, fused: EagerMap, *args: Any) -> Tensor:
         with no_autocast(args[0]):
             y, saved = fused.forward(*args)
         ctx.save_for_backward(*saved)

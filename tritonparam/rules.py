@@ -154,13 +154,13 @@ RULES = (
         chain=(_SpectralNorm,),
         op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
         declines=_spectral_norm_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=spectral_norm.kernel_declines,
     ),
     Rule(
         name="weight_norm",
         chain=(_WeightNorm,),
         op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
         declines=_weight_norm_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=weight_norm.kernel_declines,
     ),
 )

@@ -10,12 +10,28 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from tritonparam import registry
-from tritonparam.autograd import FusedMap, Gradients, Saved
+from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype, no_autocast
+
+
+def kernel_declines(w: Tensor, *vectors: Tensor) -> str:
+    """Why the Triton kernel cannot take w and the buffers u and v, or the empty string."""
+    if reason := registry.device_declines(w):
+        return reason
+    if w.dim() < 2:
+        return "the original is a vector"
+    if w.numel() == 0:
+        return "the original is empty"
+    return "" if all(x.is_contiguous() for x in vectors) else "u or v is not contiguous"
 
 
 def _matrix(w: Tensor, dim: int) -> Tensor:
     return (w.movedim(dim, 0) if dim else w).flatten(1)  # [w.size(dim), the rest]
+
+
+def _slices(x: Tensor, dim: int) -> Tensor:
+    """x as a contiguous [before, x.size(dim), after]."""
+    return x.contiguous().view(x.shape[:dim].numel(), x.size(dim), x.shape[dim + 1 :].numel())
 
 
 def _sub_outer(x: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -47,6 +63,13 @@ def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
     # dW = (G - (<G, W>/σ) u vᵀ)/σ
     w, u, v, sigma = saved
+    if registry.path(kernel_declines(w, u, v)) == "kernel":
+        kernels = registry.kernels("spectral_norm")
+        with torch.cuda.device_of(w):
+            config = kernels.default_config(w.dtype)
+            lists = [_slices(g, dim)], [_slices(w, dim)], [u], [v], [sigma]
+            (dw,) = kernels.spectral_norm_bwd(*lists, config)
+        return (dw.view(w.shape),)
     s = _divisor(sigma)
     dw = g.contiguous() / s
     return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)
@@ -74,13 +97,43 @@ class _Gradient(torch.autograd.Function):
         return dg, dw, None, None, None, None
 
 
+def _graph(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
+    w, u, v, sigma = saved
+    return (_Gradient.apply(g.to(u.dtype), w.to(u.dtype), u, v, sigma, dim),)
+
+
 _divide = FusedMap(
     "spectral_norm",
     "Tensor w, Tensor u, Tensor v, Tensor sigma, int dim",
     _forward,
     _backward,
-    graph=lambda g, saved, dtype, dim: (_Gradient.apply(g, *saved, dim),),
+    graph=_graph,
     resume=lambda y, w, u, v, sigma, dim: (w, u, v, sigma),
+)
+
+
+def _kernel_fwd(
+    w: Tensor, u: Tensor, v: Tensor, dim: int, steps: int, eps: float
+) -> tuple[Tensor, Saved]:
+    registry.count("kernel")
+    kernels = registry.kernels("spectral_norm")
+    with torch.cuda.device_of(w):
+        config = kernels.default_config(w.dtype)
+        results = kernels.spectral_norm_fwd(
+            [_slices(w, dim)], [u], [v], steps, eps, w.dtype, config
+        )
+    if steps:
+        torch.autograd.graph.increment_version((u, v))
+    ((y, *vectors),) = results
+    return y.view(w.shape), (w, *vectors)
+
+
+# Iteration and division in one, which no operator can be: it changes the buffers.
+_iterate_and_divide = EagerMap(
+    _kernel_fwd,
+    lambda g, saved, dtype, dim, *_: _backward(g, saved, dtype, dim),
+    lambda g, saved, dtype, dim, *_: _graph(g, saved, dtype, dim),
+    n_tensors=3,
 )
 
 
@@ -120,7 +173,11 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     >>> spectral_norm(link.eval(), 3 * torch.eye(2)).norm()
     tensor(1.4142)
     """
-    registry.path(registry.no_kernel(w))
+    vectors = () if w.dim() == 1 else (link._u, link._v)
+    path = registry.path(kernel_declines(w, *vectors))
+    if path == "kernel" and not torch.compiler.is_compiling():
+        steps = link.n_power_iterations if link.training else 0
+        return _iterate_and_divide(w, *vectors, link.dim, steps, link.eps)
     x = w.to(compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():

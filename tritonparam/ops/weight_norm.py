@@ -17,6 +17,11 @@ _torch_forward = torch.ops.aten._weight_norm_interface.default
 _torch_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
+def kernel_declines(g: Tensor, v: Tensor) -> str:
+    """Why the Triton kernel cannot take the pair, or the empty string."""
+    return registry.device_declines(v) or ("" if v.numel() else "the original is empty")
+
+
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
     if dim == -1:
@@ -55,9 +60,32 @@ def _fused(v: Tensor, dim: int) -> bool:
     return dim in (0, v.dim() - 1) and v.numel() > 0
 
 
+def _kernel_fwd(g: Tensor, v: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Saved]:
+    kernels = registry.kernels("weight_norm")
+    with torch.cuda.device_of(v):
+        config = kernels.default_config(v.dtype)
+        x = _slices(v.contiguous(), dim)
+        ((w, norm),) = kernels.weight_norm_fwd([g.reshape(-1)], [x], dtype, config)
+    return w.view(v.shape), (g, v, norm.view(g.shape))
+
+
+def _kernel_bwd(grad: Tensor, saved: Saved, dim: int) -> Gradients:
+    g, v, norm = saved
+    kernels = registry.kernels("weight_norm")
+    with torch.cuda.device_of(v):
+        config = kernels.default_config(v.dtype)
+        grad, x = (_slices(t.contiguous(), dim) for t in (grad, v))
+        pairs = kernels.weight_norm_bwd([grad], [g.reshape(-1)], [x], [norm.reshape(-1)], config)
+    ((dg, dv),) = pairs
+    return dg.view(g.shape), dv.view(v.shape)
+
+
 def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Saved]:
-    registry.count("closed")
+    path = registry.path(kernel_declines(g, v))
+    registry.count(path)
     dtype = compute_dtype(v.dtype)
+    if path == "kernel":
+        return _kernel_fwd(g, v, dim, v.dtype if rounded else dtype)
     if v.device.type == "cpu" and _fused(v, dim):
         w, norm = _torch_forward(v.contiguous(), g.contiguous(), dim)
         if not norm.all():  # on the CPU nobody waits for this
@@ -73,6 +101,8 @@ def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Sav
 def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bool) -> Gradients:
     # dg = <G, v>/‖v‖,  dv = g/‖v‖ (G - dg v/‖v‖)
     g, v, norm = saved
+    if registry.path(kernel_declines(g, v)) == "kernel":
+        return _kernel_bwd(grad, saved, dim)
     if _fused(v, dim):
         grad = grad.to(v.dtype).contiguous()
         dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
@@ -158,7 +188,6 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    registry.path(registry.no_kernel(g))
     dim = link.dim if link.dim >= -1 else link.dim + v.dim()
     # torch's loops round a half once, but an operator's result has the compute dtype.
     return _weight_norm(g, v, dim, not torch.compiler.is_compiling())

@@ -1,0 +1,222 @@
+"""Weight norm of many tensors and its gradient: a launch each, two where rows are long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonparam.kernels.launch import compute_dtype
+from tritonparam.kernels.slices import (
+    TRITON_DTYPE,
+    Config,
+    blocks,
+    default_config,
+    dots,
+    dots_row,
+    launch,
+    locate,
+    member,
+    offsets,
+    parts,
+    pick,
+    quotient,
+    shipped_row,
+    shipped_shapes,
+    square_root,
+    sum_parts,
+)
+
+
+@triton.jit
+def _weight_norm_fwd_kernel(
+    g_ptrs,
+    v_ptrs,
+    w_ptrs,
+    norm_ptrs,
+    sums_ptr,
+    sizes,
+    LAYOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """w = g v/||v|| by rows, as torch's _weight_norm; a norm of 0 is stored as infinity.
+
+    Rows that are not whole in a tile come with the partial sums of v v.
+    """
+    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    part = place % n_parts
+    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < n_rows
+    g_ptr, v_ptr, w_ptr, norm_ptr = pick((g_ptrs, v_ptrs, w_ptrs, norm_ptrs), which)
+    r = row[:, None]
+    if WHOLE:
+        c = tl.arange(0, BLOCK_COLS)[None, :]
+        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
+        mask = (r < n_rows) & (c < n_cols)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
+        square = tl.sum(v * v, axis=1)
+    else:
+        square = sum_parts(sums_ptr + scratch, n_parts, n_rows, row, inside, 16)
+    norm = square_root(square)
+    norm = tl.where(norm == 0.0, float("inf"), norm)
+    g = tl.load(g_ptr + row, mask=inside, other=0.0).to(ACC)
+    scale = quotient(g, norm)[:, None]
+    tl.store(norm_ptr + row, norm, mask=inside & (row * 0 + part == 0))
+    if WHOLE:
+        tl.store(w_ptr + offset, (v * scale).to(w_ptr.dtype.element_ty), mask=mask)
+    else:
+        for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
+            c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
+            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
+            mask = (r < n_rows) & (c < n_cols)
+            v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)
+            tl.store(w_ptr + offset, (v * scale).to(w_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_norm_bwd_kernel(
+    dw_ptrs,
+    g_ptrs,
+    v_ptrs,
+    norm_ptrs,
+    dg_ptrs,
+    dv_ptrs,
+    sums_ptr,
+    sizes,
+    LAYOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """dg = <dw, v>/||v||,  dv = g/||v|| (dw - dg v/||v||) by rows.
+
+    Rows that are not whole in a tile come with the partial sums of dw v.
+    """
+    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    part = place % n_parts
+    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < n_rows
+    dw_ptr, g_ptr, v_ptr = pick((dw_ptrs, g_ptrs, v_ptrs), which)
+    norm_ptr, dg_ptr, dv_ptr = pick((norm_ptrs, dg_ptrs, dv_ptrs), which)
+    r = row[:, None]
+    if WHOLE:
+        c = tl.arange(0, BLOCK_COLS)[None, :]
+        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
+        mask = (r < n_rows) & (c < n_cols)
+        v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
+        dw = tl.load(dw_ptr + offset, mask=mask, other=0.0).to(ACC)
+        dot = tl.sum(dw * v, axis=1)
+    else:
+        dot = sum_parts(sums_ptr + scratch, n_parts, n_rows, row, inside, 16)
+    g = tl.load(g_ptr + row, mask=inside, other=0.0).to(ACC)
+    norm = tl.load(norm_ptr + row, mask=inside, other=1.0)
+    dg = quotient(dot, norm)
+    scale = quotient(g, norm)
+    slope = quotient(scale * dg, norm)[:, None]
+    scale = scale[:, None]
+    first = inside & (row * 0 + part == 0)
+    tl.store(dg_ptr + row, dg.to(dg_ptr.dtype.element_ty), mask=first)
+    if WHOLE:
+        dv = dw * scale - v * slope
+        tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    else:
+        for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
+            c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
+            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
+            mask = (r < n_rows) & (c < n_cols)
+            v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)
+            dw = tl.load(dw_ptr + offset, mask=mask, other=0.0).to(ACC)
+            dv = dw * scale - v * slope
+            tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+
+
+def weight_norm_fwd(
+    gs: Sequence[torch.Tensor],
+    vs: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    config: Config,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(w, norm) of every pair: w = g v/||v||, one norm for every index of the middle dimension.
+
+    A v is [before, n, after] and its g has n entries, all of one dtype and none empty. w is new
+    and contiguous, in `dtype`; norm is [n] in the compute dtype, infinite where it is 0.
+    """
+    vs = [v.contiguous() for v in vs]
+    gs = [g.contiguous() for g in gs]
+    compute = compute_dtype(vs[0].dtype)
+    ws = [torch.empty(v.shape, dtype=dtype, device=v.device) for v in vs]
+    norms = [torch.empty(v.size(1), dtype=compute, device=v.device) for v in vs]
+    members, sums = _sums(vs, vs, (gs, ws, norms), compute, config)
+    lists = (gs, vs, ws, norms)
+    options = {"ACC": TRITON_DTYPE[compute]}
+    launch(_weight_norm_fwd_kernel, members, lists, (sums,), config, **options)
+    return list(zip(ws, norms, strict=True))
+
+
+def weight_norm_bwd(
+    dws: Sequence[torch.Tensor],
+    gs: Sequence[torch.Tensor],
+    vs: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    config: Config,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(dg, dv) of every weight, from dw of v's shape and the norms that the forward returned.
+
+    Both are new and contiguous, in the dtype of v; dg is [n].
+    """
+    dws = [dw.contiguous() for dw in dws]
+    vs = [v.contiguous() for v in vs]
+    gs = [g.contiguous() for g in gs]
+    dgs = [torch.empty(v.size(1), dtype=v.dtype, device=v.device) for v in vs]
+    dvs = [torch.empty_like(v) for v in vs]
+    lists = (dws, gs, vs, norms, dgs, dvs)
+    members, sums = _sums(dws, vs, lists, norms[0].dtype, config)
+    options = {"ACC": TRITON_DTYPE[norms[0].dtype]}
+    launch(_weight_norm_bwd_kernel, members, lists, (sums,), config, **options)
+    return list(zip(dgs, dvs, strict=True))
+
+
+def _sums(
+    xs: Sequence[torch.Tensor],
+    ys: Sequence[torch.Tensor],
+    others: Sequence[Sequence[torch.Tensor]],
+    compute: torch.dtype,
+    config: Config,
+) -> tuple[list, torch.Tensor]:
+    """The members of a launch, and the partial sums of x y of those whose rows are long."""
+    members = []
+    size = 0
+    for i, x in enumerate(xs):
+        tensors = (x, ys[i], *[others_i[i] for others_i in others])
+        m = member(i, tensors, config, whole=True, scratch=size)
+        size += 0 if m.blocks.whole else parts(m) * m.n_rows
+        members.append(m)
+    sums = torch.empty(max(size, 1), dtype=compute, device=xs[0].device)
+    dots(xs, ys, [m for m in members if not m.blocks.whole], sums, config)
+    return members, sums
+
+
+def shipped(backend: str) -> list[tuple]:
+    """What compiles ahead of time: one tensor in every tile, and a group."""
+    rows = []
+    fwd = (_weight_norm_fwd_kernel, "weight_norm_fwd")
+    fwd_lists = "g_ptrs v_ptrs w_ptrs norm_ptrs*"
+    bwd = (_weight_norm_bwd_kernel, "weight_norm_bwd")
+    bwd_lists = "dw_ptrs g_ptrs v_ptrs norm_ptrs* dg_ptrs dv_ptrs"
+    for dtype, shape, length in shipped_shapes():
+        block = blocks(shape, default_config(dtype), whole=True)
+        rows.append(shipped_row(*fwd, block, dtype, length, fwd_lists, "sums_ptr"))
+        rows.append(shipped_row(*bwd, block, dtype, length, bwd_lists, "sums_ptr"))
+        if not block.whole:
+            rows.append(dots_row(block, dtype, length))
+    return rows
