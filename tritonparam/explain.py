@@ -102,7 +102,7 @@ def _fused_path(steps: list[registry.Step], tensors: Sequence[torch.Tensor]) -> 
         if rule is None:
             composed.append(f"{type(links[0]).__name__} is composed: {why}")
             continue
-        declined = rule.kernel_declines(*(tensors if i == 0 else (largest,)))
+        declined = rule.kernel_declines(links, *(tensors if i == 0 else (largest,)))
         if registry.override() == "closed":
             declined = declined or "the path is set to closed"
         if declined:

@@ -46,8 +46,8 @@ class Rule:
         op: called as ``op(links, *tensors)``; returns the value, in fresh storage.
         declines: called as ``declines(links, *tensors)``; returns the sentence why these links
             are left composed, or the empty string.
-        kernel_declines: called as ``kernel_declines(*tensors)``; returns the sentence why the
-            op takes its closed form, or the empty string where its Triton kernel runs.
+        kernel_declines: called as ``kernel_declines(links, *tensors)``; returns the sentence why
+            the op takes its closed form, or the empty string where its Triton kernel runs.
     """
 
     name: str

@@ -94,6 +94,12 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     return ""
 
 
+def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
+    if cast(Any, links[0]).orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
+        return expm.kernel_declines(x)
+    return no_kernel(x)
+
+
 def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
     link: Any = links[0]
     if w.dim() < 2:
@@ -119,48 +125,48 @@ RULES = (
         chain=(Skew, CayleyMap),
         op=_skew_cayley,
         declines=_skew_cayley_declines,
-        kernel_declines=cayley.kernel_declines,
+        kernel_declines=lambda links, w: cayley.kernel_declines(w),
     ),
     Rule(
         name="skew_exp",
         chain=(Skew, MatrixExponential),
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=lambda links, w: expm.kernel_declines(w),
     ),
     Rule(
         name="symmetric_exp",
         chain=(Symmetric, MatrixExponential),
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
-        kernel_declines=expm.kernel_declines,
+        kernel_declines=lambda links, w: expm.kernel_declines(w),
     ),
     Rule(
         name="matrix_exp",
         chain=(MatrixExponential,),
         op=lambda links, a: expm.matrix_exp(a),
         declines=_square_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=lambda links, a: no_kernel(a),
     ),
     Rule(
         name="orthogonal",
         chain=(Orthogonal,),
         op=_orthogonal,
         declines=_orthogonal_declines,
-        kernel_declines=no_kernel,
+        kernel_declines=_orthogonal_kernel_declines,
     ),
     Rule(
         name="spectral_norm",
         chain=(_SpectralNorm,),
         op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
         declines=_spectral_norm_declines,
-        kernel_declines=spectral_norm.kernel_declines,
+        kernel_declines=lambda links, w: spectral_norm.kernel_declines(w),
     ),
     Rule(
         name="weight_norm",
         chain=(_WeightNorm,),
         op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
         declines=_weight_norm_declines,
-        kernel_declines=weight_norm.kernel_declines,
+        kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
     ),
 )
