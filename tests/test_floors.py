@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "kernels": 0,
     "kernels.tile": 0.1,
+    "kernels.gemm": 0.2,
     "kernels.cayley": 0.2,
     "kernels.aot": 0.3,
     "numerics": 1,

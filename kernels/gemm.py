@@ -1,0 +1,436 @@
+"""Tiled products of batches of matrices with fused epilogues, and what builds their operands."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+FORMS = ("full", "symmetric", "skew", "symmetric_gradient", "skew_gradient")
+
+
+@triton.jit
+def _tile_pointers(ptr, stride, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, TRANS):
+    """Pointers to the tile [ROWS, COLS] at (row0, col0) of a matrix stored by rows, or, where
+    TRANS, by columns. Offsets inside the tile are int32: strides are below 2^24."""
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLS)[None, :]
+    if TRANS:
+        return ptr + (tl.cast(col0, tl.int64) * stride + row0) + (c * stride + r)
+    return ptr + (tl.cast(row0, tl.int64) * stride + col0) + (r * stride + c)
+
+
+@triton.jit
+def _tile_sum(
+    a_ptr,
+    b_ptr,
+    a_stride,
+    b_stride,
+    row0,
+    col0,
+    n_rows,
+    n_cols,
+    n_inner,
+    TRANS_A: tl.constexpr,
+    TRANS_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The tile at (row0, col0) of A B, [BLOCK, BLOCK]."""
+    a_ptrs = _tile_pointers(a_ptr, a_stride, row0, 0, BLOCK, BLOCK_K, TRANS_A)
+    b_ptrs = _tile_pointers(b_ptr, b_stride, 0, col0, BLOCK_K, BLOCK, TRANS_B)
+    a_step = BLOCK_K * a_stride if TRANS_A else BLOCK_K
+    b_step = BLOCK_K if TRANS_B else BLOCK_K * b_stride
+    a_mask = row0 + tl.arange(0, BLOCK)[:, None] < n_rows
+    b_mask = col0 + tl.arange(0, BLOCK)[None, :] < n_cols
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK, BLOCK], ACC)
+    for k0 in range(0, n_inner, BLOCK_K):
+        inside = k0 + k < n_inner
+        a = tl.load(a_ptrs, mask=a_mask & inside[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=b_mask & inside[:, None], other=0.0)
+        acc = tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=ACC)
+        a_ptrs += a_step
+        b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def _triangle(index):
+    """The tile pair (i, j), i <= j, of an index into the triangle, column after column."""
+    # Exact up to 2000 tiles in a row: below 2^24 the square root of 8 index + 1 rounds right.
+    j = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    return index - j * (j + 1) // 2, j
+
+
+@triton.jit(do_not_specialize=["turn"])
+def _product_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    u_ptr,
+    v_ptr,
+    scale_ptr,
+    first_ptr,
+    rough_ptr,
+    sums_ptr,
+    turn,
+    n_rows,
+    n_cols,
+    n_inner,
+    a_stride_matrix,
+    b_stride_matrix,
+    c_stride_matrix,
+    u_stride,
+    v_stride,
+    scale_stride,
+    a_stride,
+    b_stride,
+    c_stride,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    GAMMA: tl.constexpr,
+    TRANS_A: tl.constexpr,
+    TRANS_B: tl.constexpr,
+    TRANS_C: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Z = scale (ALPHA A B diag(u) + (BETA C + GAMMA I) diag(v)) in one of the FORMS.
+
+    One program for each tile, or for each pair of tiles (i, j), (j, i) where the form is not
+    "full". ALPHA, BETA and GAMMA are constants, because numbers are passed in fp32.
+    """
+    n_row_tiles = tl.cdiv(n_rows, BLOCK)
+    n_col_tiles = tl.cdiv(n_cols, BLOCK)
+    n_tiles = n_row_tiles * n_col_tiles
+    if FORM != "full":
+        n_tiles = n_row_tiles * (n_row_tiles + 1) // 2
+    matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
+    index = tl.program_id(0) % n_tiles
+    if first_ptr is not None and turn < tl.load(first_ptr + matrix):
+        return
+    if FORM == "full":
+        # GROUP rows of tiles at a time, column after column: their operands stay in L2.
+        group = index // (GROUP * n_col_tiles)
+        height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
+        within = index % (GROUP * n_col_tiles)
+        i = group * GROUP + within % height
+        j = within // height
+    else:
+        i, j = _triangle(index)
+    a_ptr += matrix * a_stride_matrix
+    b_ptr += matrix * b_stride_matrix
+    HALVES: tl.constexpr = 2 if FORM == "symmetric_gradient" or FORM == "skew_gradient" else 1
+    z = tl.zeros([BLOCK, BLOCK], ACC)
+    for half in tl.static_range(HALVES):  # the tile (i, j), last; before it (j, i)
+        partner = z
+        row0 = (i if half == HALVES - 1 else j) * BLOCK
+        col0 = (j if half == HALVES - 1 else i) * BLOCK
+        row = row0 + tl.arange(0, BLOCK)[:, None]
+        col = col0 + tl.arange(0, BLOCK)[None, :]
+        mask = (row < n_rows) & (col < n_cols)
+        tile = (a_ptr, b_ptr, a_stride, b_stride, row0, col0, n_rows, n_cols, n_inner)
+        if rough_ptr is None or tl.load(rough_ptr + matrix) == 0:
+            z = _tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
+        else:
+            z = _tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
+        z *= ALPHA
+        if u_ptr is not None:
+            u = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
+            z *= u.to(ACC)
+        rest = tl.where(row == col, 1.0, 0.0).to(ACC) * GAMMA
+        if c_ptr is not None:
+            c_ptrs = _tile_pointers(c_ptr, c_stride, row0, col0, BLOCK, BLOCK, TRANS_C)
+            c = tl.load(c_ptrs + matrix * c_stride_matrix, mask=mask, other=0.0)
+            rest += c.to(ACC) * BETA
+        if v_ptr is not None:
+            v = tl.load(v_ptr + matrix * v_stride + col, mask=col < n_cols, other=0.0)
+            rest *= v.to(ACC)
+        z += rest
+        if scale_ptr is not None:
+            z *= tl.load(scale_ptr + matrix * scale_stride)
+    mirror = z
+    if FORM == "symmetric":
+        mirror = tl.trans(z)
+        z = tl.where(row > col, mirror, z)
+    if FORM == "skew":
+        mirror = -tl.trans(z)
+        z = tl.where(row > col, mirror, tl.where(row == col, 0.0, z))
+    if HALVES == 2:
+        mirror = tl.zeros_like(z)
+        if FORM == "skew_gradient":
+            z = tl.where(row < col, z - tl.trans(partner), 0.0)
+        else:
+            z = tl.where(row < col, z + tl.trans(partner), tl.where(row == col, z, 0.0))
+    out_ptr += matrix * n_rows * n_cols
+    ACC_OUT: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + (row * n_cols + col), z.to(ACC_OUT), mask=mask)
+    if FORM != "full" and i < j:
+        mirror_row = j * BLOCK + tl.arange(0, BLOCK)[:, None]
+        mirror_col = i * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mirror_mask = (mirror_row < n_rows) & (mirror_col < n_cols)
+        offset = mirror_row * n_cols + mirror_col
+        tl.store(out_ptr + offset, mirror.to(ACC_OUT), mask=mirror_mask)
+    if sums_ptr is not None:
+        z = tl.where(mask, z, 0.0)
+        squares = tl.sum(tl.sum(z * z, axis=1), axis=0)
+        if FORM != "full":
+            squares = tl.where(i < j, 2.0 * squares, squares)
+        trace = tl.sum(tl.sum(tl.where(row == col, z, 0.0), axis=1), axis=0)
+        sums_ptr += (matrix * n_tiles + index) * 2
+        tl.store(sums_ptr, trace)
+        tl.store(sums_ptr + 1, squares)
+
+
+@triton.jit
+def _mirror_kernel(
+    w_ptr,
+    x_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    w_stride_col,
+    DIAGONAL: tl.constexpr,
+    SIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """x = triu(w, 1) + SIGN triu(w, 1)^T + diag(w), or with the number DIAGONAL for diag(w).
+
+    One program for each pair of tiles (i, j), (j, i).
+    """
+    n_row_tiles = tl.cdiv(n_cols, BLOCK)
+    n_tiles = n_row_tiles * (n_row_tiles + 1) // 2
+    matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
+    i, j = _triangle(tl.program_id(0) % n_tiles)
+    row = i * BLOCK + tl.arange(0, BLOCK)[:, None]
+    col = j * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w_ptr += matrix * w_stride
+    x_ptr += matrix * n_cols * n_cols
+    offset = row.to(tl.int64) * w_stride_row + col.to(tl.int64) * w_stride_col
+    x = tl.load(w_ptr + offset, mask=(row < col) & (col < n_cols), other=0.0).to(ACC)
+    mirror = tl.trans(x) * SIGN
+    if i == j:
+        x += mirror
+        if DIAGONAL is None:
+            inside = (row == col) & (col < n_cols)
+            x = tl.where(row == col, tl.load(w_ptr + offset, mask=inside, other=0.0).to(ACC), x)
+        else:
+            x = tl.where(row == col, DIAGONAL, x)
+    tl.store(x_ptr + (row * n_cols + col), x, mask=(row < n_cols) & (col < n_cols))
+    if i < j:
+        row = j * BLOCK + tl.arange(0, BLOCK)[:, None]
+        col = i * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(x_ptr + (row * n_cols + col), mirror, mask=(row < n_cols) & (col < n_cols))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch numbers of a product: tiles of block x block, sums in slices of block_k."""
+
+    block: int
+    block_k: int
+    precision: str
+    num_warps: int
+    num_stages: int = 3
+    group: int = 8
+
+
+def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
+    """The default for n x n matrices: tiles so small that one matrix fills many processors."""
+    if dtype == torch.float64:
+        return Config(32, 16, "ieee", num_warps=4, num_stages=2)
+    precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3
+    if n <= 256:
+        return Config(32, 32, precision, num_warps=4)
+    return Config(64, 32, precision, num_warps=8)
+
+
+def n_tiles(n: int, config: Config, form: str = "full") -> int:
+    """How many programs work on one n x n result."""
+    n = triton.cdiv(n, config.block)
+    return n * n if form == "full" else n * (n + 1) // 2
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    config: Config,
+    *,
+    out: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    u: torch.Tensor | None = None,
+    c: torch.Tensor | None = None,
+    beta: float = 1.0,
+    gamma: float = 0.0,
+    v: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    form: str = "full",
+    first: torch.Tensor | None = None,
+    turn: int = 0,
+    rough: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Z = scale (alpha a b diag(u) + (beta c + gamma I) diag(v)), or what `form` makes of it.
+
+    Arguments:
+        a, b, c: [matrices, m, k], [matrices, k, n] and [matrices, m, n], fp32 or fp64; a transpose
+            is read in place.
+        out: contiguous [matrices, m, n], of any dtype; none of the operands. None makes one like a.
+        alpha, beta, gamma: numbers; each new one is compiled for.
+        u, v: [matrices, n], ones where None.
+        scale: [matrices], of any stride, 1 where None.
+        form: "full" is Z. For m = n, "symmetric" and "skew" compute its upper triangle and write
+            the other as a mirror image, and "symmetric_gradient", triu(Z + Z^T) with the diagonal
+            of Z, and "skew_gradient", triu(Z - Z^T, 1), are the gradients of `symmetric` and `skew`
+            where Z is that of what they return.
+        first, turn: int32 [matrices]; a matrix is left alone while turn < first.
+        rough: int32 [matrices]; where it is not zero, products are plain TF32.
+        sums: [matrices, n_tiles(n, config, form), 2], of out's dtype; receives the trace and the
+            sum of squares of each tile of "full", or with its mirror image of the next two.
+    """
+    assert form in FORMS
+    n_matrices, n_rows, n_inner = a.shape
+    n_cols = b.size(2)
+    if out is None:
+        out = torch.empty((n_matrices, n_rows, n_cols), dtype=a.dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    tiles = triton.cdiv(n_rows, config.block) * triton.cdiv(n_cols, config.block)
+    if form != "full":
+        tiles = n_tiles(n_cols, config, form)
+    a, a_stride, trans_a = _by_rows_or_columns(a)
+    b, b_stride, trans_b = _by_rows_or_columns(b)
+    c_stride, trans_c = 0, False
+    if c is not None:
+        c, c_stride, trans_c = _by_rows_or_columns(c)
+    u, v = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (u, v))
+    _product_kernel[(n_matrices * tiles,)](
+        a,
+        b,
+        c,
+        out,
+        u,
+        v,
+        scale,
+        first,
+        rough,
+        sums,
+        turn,
+        n_rows,
+        n_cols,
+        n_inner,
+        *(0 if x is None else x.stride(0) for x in (a, b, c, u, v, scale)),
+        a_stride,
+        b_stride,
+        c_stride,
+        TRANS_A=trans_a,
+        TRANS_B=trans_b,
+        TRANS_C=trans_c,
+        **_product_options(config, a.dtype, form, alpha, beta, gamma),
+    )
+    return out
+
+
+def skew(w: torch.Tensor, config: Config, diagonal: float = 0.0) -> torch.Tensor:
+    """triu(w, 1) - triu(w, 1)^T + diagonal I of [matrices, n, n], contiguous, of any strides.
+
+    In the compute dtype `torch.promote_types(w.dtype, torch.float32)`.
+    """
+    return _mirror(w, config, -1.0, diagonal)
+
+
+def symmetric(w: torch.Tensor, config: Config) -> torch.Tensor:
+    """triu(w) + triu(w, 1)^T of [matrices, n, n], as `skew`."""
+    return _mirror(w, config, 1.0, None)
+
+
+def _mirror(w: torch.Tensor, config: Config, sign: float, diagonal: float | None) -> torch.Tensor:
+    x = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
+    if x.numel() == 0:
+        return x
+    options = _mirror_options(config, x.dtype, sign, diagonal)
+    grid = (w.size(0) * n_tiles(w.size(1), config, "skew"),)
+    _mirror_kernel[grid](w, x, w.size(1), *w.stride(), **options)
+    return x
+
+
+def _by_rows_or_columns(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
+    """x, the stride between its rows or columns, and whether it is stored by columns."""
+    if x.stride(2) == 1 and x.stride(1) < _MAX_STRIDE:
+        return x, x.stride(1), False
+    if x.stride(1) == 1 and x.stride(2) < _MAX_STRIDE:
+        return x, x.stride(2), True
+    return x.contiguous(), x.size(2), False
+
+
+def _product_options(
+    config: Config, dtype: torch.dtype, form: str, alpha: float, beta: float, gamma: float
+) -> dict:
+    options: dict = {"ALPHA": alpha, "BETA": beta, "GAMMA": gamma, "FORM": form}
+    options |= {"BLOCK": config.block, "BLOCK_K": config.block_k, "GROUP": config.group}
+    options |= {"PRECISION": config.precision, "ACC": _TRITON_DTYPE[dtype]}
+    return options | _launch_options(config)
+
+
+def _mirror_options(
+    config: Config, dtype: torch.dtype, sign: float, diagonal: float | None
+) -> dict:
+    options: dict = {"DIAGONAL": diagonal, "SIGN": sign, "BLOCK": config.block}
+    return options | {"ACC": _TRITON_DTYPE[dtype]} | _launch_options(config)
+
+
+def _launch_options(config: Config) -> dict:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options | {"enable_fp_fusion": True}
+
+
+_MAX_STRIDE = 1 << 24
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Launches for compiling ahead of time, as in `cayley.shipped`.
+
+    Every form with every operand and epilogue at once, none of them aligned: what a map launches
+    is part of it.
+    """
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    names |= {torch.float32: "fp32", torch.float64: "fp64"}
+    rows: list[tuple] = []
+    for dtype, name in names.items():
+        acc = "*fp64" if dtype == torch.float64 else "*fp32"
+        compute = torch.promote_types(dtype, torch.float32)
+        config = product_config(64, dtype, backend)
+        types = {"w_ptr": f"*{name}", "x_ptr": acc}
+        for kind, sign, diagonal in (("skew", -1.0, 1.0), ("symmetric", 1.0, None)):
+            options = _mirror_options(config, compute, sign, diagonal)
+            rows.append((f"{kind}_{name}", _mirror_kernel, types, options))
+        if dtype != compute:
+            continue
+        operands = ("a", "b", "c", "out", "u", "v", "scale", "sums")
+        types = {f"{operand}_ptr": acc for operand in operands}
+        types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
+        for config in {product_config(n, dtype, backend): None for n in (128, 512, 4096)}:
+            for form, stored in (
+                ("full", "nnn"),
+                ("full", "tnn"),
+                ("full", "ntn"),
+                ("symmetric", "tnt"),
+                ("skew", "nnn"),
+                ("symmetric_gradient", "tnt"),
+                ("skew_gradient", "tnt"),
+            ):
+                options = _product_options(config, dtype, form, 2.0, 3.0, -1.0)
+                options |= {f"TRANS_{x}": t == "t" for x, t in zip("ABC", stored, strict=True)}
+                row = f"product_{form}_{stored}_{config.block}_{name}"
+                rows.append((row, _product_kernel, types, options))
+    return rows
