@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonparam.kernels import cayley, gemm
+from tritonparam.kernels import cayley, gemm, newton_schulz
 
-MODULES = (cayley, gemm)  # every file of kernels
+MODULES = (cayley, gemm, newton_schulz)  # every file of kernels
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -245,7 +245,13 @@ class Config:
 
 
 def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
-    """The default for n x n matrices: tiles so small that one matrix fills many processors."""
+    """The default for n x n matrices: tiles so small that one matrix fills many processors.
+
+    The interpreter runs one program after another, so there ("interpreter") one tile is enough.
+    """
+    if backend == "interpreter":
+        block = min(max(triton.next_power_of_2(n), 16), 256)
+        return Config(block, block, "ieee", num_warps=1)
     if dtype == torch.float64:
         return Config(32, 16, "ieee", num_warps=4, num_stages=2)
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3

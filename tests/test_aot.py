@@ -46,6 +46,11 @@ def test_every_configuration_is_compiled(rows, target):
     for dtype in ("bf16", "fp16", "fp32", "fp64"):
         assert {f"cayley_fwd_{n}_{dtype}" for n in (8, 16, 32, 64)} <= set(names)
         assert {f"cayley_bwd_{n}_{dtype}" for n in (16, 32, 64)} <= set(names)
+        assert {f"skew_{dtype}", f"symmetric_{dtype}"} <= set(names)
+    for dtype in ("fp32", "fp64"):
+        assert f"newton_schulz_{dtype}" in names
+        for form in ("full", "symmetric", "skew", "symmetric_gradient", "skew_gradient"):
+            assert any(name.startswith(f"product_{form}_") for name in names)
 
 
 @pytest.mark.parametrize("target", TARGETS)

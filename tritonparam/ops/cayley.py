@@ -12,9 +12,9 @@ from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inverse_definite
 
-_KERNEL_MAX_N = 64
-_BACKEND = "hip" if torch.version.hip else "cuda"
-_kernels: ModuleType | None = None
+_TILE_MAX_N = 64  # one program for each matrix; above, a sequence of products
+_KERNEL_MAX_N = 4096
+_loaded: tuple[ModuleType, ModuleType, str] | None = None
 
 
 def kernel_declines(w: Tensor) -> str:
@@ -25,13 +25,16 @@ def kernel_declines(w: Tensor) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
-def _load() -> Any:
-    global _kernels
-    if _kernels is None:
-        from tritonparam.kernels import cayley
+def _kernels(n: int) -> tuple[Any, str]:
+    """The kernels for n x n matrices, and the backend that they are configured for."""
+    global _loaded
+    if _loaded is None:
+        from tritonparam.kernels import INTERPRETED, cayley, newton_schulz
 
-        _kernels = cayley
-    return _kernels
+        backend = "hip" if torch.version.hip else "cuda"
+        _loaded = cayley, newton_schulz, "interpreter" if INTERPRETED else backend
+    tile, products, backend = _loaded
+    return (tile if n <= _TILE_MAX_N else products), backend
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -61,9 +64,9 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if path == "closed":
         q = _closed_fwd(w, d)
     else:
-        kernels = _load()
+        kernels, backend = _kernels(w.size(-1))
         with torch.cuda.device_of(w):
-            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, _BACKEND))
+            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, backend))
     return q, (q, d)
 
 
@@ -71,9 +74,9 @@ def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tu
     q, d = saved
     if registry.path(kernel_declines(q)) == "closed":
         return _closed_bwd(g, saved, dtype)
-    kernels = _load()
+    kernels, backend = _kernels(q.size(-1))
     with torch.cuda.device_of(q):
-        config = kernels.bwd_config(q.size(-1), q.dtype, _BACKEND)
+        config = kernels.bwd_config(q.size(-1), q.dtype, backend)
         return (kernels.cayley_bwd(g, q, d, dtype, config),)
 
 
