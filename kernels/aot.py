@@ -11,10 +11,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonparam.kernels import cayley, expm, expm_gemm, gemm, spectral_norm, weight_norm
+from tritonparam.kernels import (
+    cayley,
+    expm,
+    expm_gemm,
+    gemm,
+    newton_schulz,
+    spectral_norm,
+    weight_norm,
+)
 
 # Every file of kernels.
-MODULES = (cayley, expm, expm_gemm, gemm, spectral_norm, weight_norm)
+MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, spectral_norm, weight_norm)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

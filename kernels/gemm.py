@@ -176,7 +176,8 @@ def _product_kernel(
         z = tl.where(row == col, z, z + tl.trans(partner))
     if FORM == "symmetric_gradient" or FORM == "skew_gradient":
         mirror = tl.zeros_like(z)
-        z = tl.where(row <= col, z, 0.0)
+        above = row <= col if FORM == "symmetric_gradient" else row < col
+        z = tl.where(above, z, 0.0)
     out_ptr += matrix * n_rows * n_cols
     ACC_OUT: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out_ptr + (row * n_cols + col), z.to(ACC_OUT), mask=mask)
@@ -252,7 +253,13 @@ class Config:
 
 
 def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
-    """The default for n x n matrices: tiles so small that one matrix fills many processors."""
+    """The default for n x n matrices: tiles so small that one matrix fills many processors.
+
+    The interpreter runs one program after another, so there ("interpreter") one tile is enough.
+    """
+    if backend == "interpreter":
+        block = min(max(triton.next_power_of_2(n), 16), 256)
+        return Config(block, block, "ieee", num_warps=1)
     if dtype == torch.float64:
         return Config(32, 16, "ieee", num_warps=4, num_stages=2)
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3

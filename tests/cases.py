@@ -172,7 +172,7 @@ CASES = (
     Case(
         name="cayley",
         links=lambda _: [tp.Skew(), tp.CayleyMap()],
-        max_kernel_n=64,
+        max_kernel_n=4096,
         argument=_skew,
     ),
     Case(

@@ -55,6 +55,11 @@ def test_every_configuration_is_compiled(rows, target):
             for way in ("fwd", "bwd"):
                 start = f"{map_}_{way}_rows_8x512_"
                 assert any(x.startswith(start) and x.endswith(dtype) for x in names)
+        assert {f"skew_{dtype}", f"symmetric_{dtype}"} <= set(names)
+    for dtype in ("fp32", "fp64"):
+        assert f"newton_schulz_{dtype}" in names
+        for form in ("full", "symmetric", "skew", "symmetric_gradient", "skew_gradient"):
+            assert any(name.startswith(f"product_{form}_") for name in names)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -7,9 +7,10 @@ from torch.linalg import matrix_norm
 pytest.importorskip("triton")
 
 from tests.spectra import SPECTRA, gaussian, log_spread, low_rank, with_norm, zero_diagonal_blocks
-from tritonparam.kernels.cayley import bwd_config, cayley_bwd, cayley_fwd, fwd_config
+from tritonparam.kernels import cayley
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "interpreter" if DEVICE == "cpu" else "hip" if torch.version.hip else "cuda"
 SIZES = (1, 2, 3, 5, 8, 13, 17, 29, 32, 33, 48, 60, 64)
 NORMS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
@@ -28,12 +29,12 @@ def reference(w, d, g, dtype):
     return q.detach().double(), dw.double()
 
 
-def run(w, d, g):
+def run(w, d, g, kernels=cayley):
     """Q and dw by the kernels, on DEVICE and with the default configurations."""
-    n = w.shape[-1]
+    size = (w.shape[-1], w.dtype, BACKEND)
     w, d, g = w.to(DEVICE), d.to(DEVICE), g.to(DEVICE)
-    q = cayley_fwd(w, d, fwd_config(n, w.dtype))
-    dw = cayley_bwd(g, q, d, w.dtype, bwd_config(n, w.dtype))
+    q = kernels.cayley_fwd(w, d, kernels.fwd_config(*size))
+    dw = kernels.cayley_bwd(g, q, d, w.dtype, kernels.bwd_config(*size))
     for out, dtype in ((q, torch.promote_types(w.dtype, torch.float32)), (dw, w.dtype)):
         assert out.shape == w.shape
         assert out.dtype == dtype
@@ -42,7 +43,7 @@ def run(w, d, g):
     return q.double().cpu(), dw.double().cpu()
 
 
-def check(w, d, g):
+def check(w, d, g, kernels=cayley):
     """The kernels are as exact as torch's pivoted solve on the same batch, w [..., n, n].
 
     The tolerance is 3 times the largest error of that solve in the batch (on one matrix it may be
@@ -59,7 +60,7 @@ def check(w, d, g):
     p = q + torch.diag_embed(d64.expand(q.shape[:-1]))
     size = matrix_norm(p.mT @ g64 @ p.mT).clamp_min(1e-300)
     solve_q, solve_dw = reference(w, d, g, torch.float32)
-    got_q, got_dw = run(w, d, g)
+    got_q, got_dw = run(w, d, g, kernels)
     factor = 3.0 if compute == torch.float32 else 4.0 * eps / torch.finfo(torch.float32).eps
     few = eps * w.shape[-1] ** 0.5
     tolerance = factor * (matrix_norm(solve_q - q) / matrix_norm(q)).max() + few

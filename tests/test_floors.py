@@ -22,6 +22,7 @@ FLOORS = {
     "kernels.cayley": 0.2,
     "kernels.expm": 0.2,
     "kernels.expm_gemm": 0.3,
+    "kernels.newton_schulz": 0.3,
     "kernels.spectral_norm": 0.2,
     "kernels.weight_norm": 0.2,
     "kernels.aot": 0.4,

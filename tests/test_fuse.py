@@ -248,9 +248,9 @@ def test_use_path_and_stats(device, fused_path):
         assert tp.explain(layer)[0].reason == "the path is set to composed"
     with tp.use_path("kernel"):
         assert evaluated(layer) == {"kernel": 1}
-        big = fused_layer(100).to(device)
-        with pytest.raises(RuntimeError, match=r"n = 100 is beyond the kernel's 64"):
-            big.weight
+        big = torch.zeros(1, device=device).expand(4097, 4097)
+        with pytest.raises(RuntimeError, match=r"n = 4097 is beyond the kernel's 4096"):
+            tp.functional.skew_cayley(big)
     assert evaluated(layer) == {fused_path: 1}
     with (
         pytest.raises(ValueError, match="one of kernel, closed, composed, got 'fast'"),

@@ -16,7 +16,7 @@ chains = pytest.mark.parametrize(
 
 
 @chains
-@pytest.mark.parametrize("shape", [(16, 8, 8), (16, 32, 32), (64, 64)])
+@pytest.mark.parametrize("shape", [(16, 8, 8), (16, 32, 32), (64, 64), (2, 130, 130)])
 def test_the_kernel_never_synchronises(case, shape):
     original = case.original(shape, 1.0, torch.float32).cuda()
     module, g = case.module(original), torch.randn(shape, device="cuda")
@@ -46,7 +46,7 @@ def test_closed_forms_never_synchronise(case):
 
 
 @chains
-@pytest.mark.parametrize("shape", [(16, 8, 8), (16, 32, 32), (64, 64)])
+@pytest.mark.parametrize("shape", [(16, 8, 8), (16, 32, 32), (64, 64), (2, 130, 130)])
 def test_capture_and_replay(case, shape):
     original = case.original(shape, 1.0, torch.float32).cuda()
     module, g = case.module(original), torch.randn(shape, device="cuda")

@@ -20,7 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 NO_RULE = "no rule for this chain"
 
-BACKEND = "hip" if torch.version.hip else "cuda"  # of configurations
 _HAS_TRITON = find_spec("triton") is not None
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 _counts = dict.fromkeys(PATHS, 0)
@@ -170,6 +169,12 @@ def kernels(name: str = "") -> Any:
 
 def _interpreted() -> bool:
     return kernels().INTERPRETED
+
+
+@lru_cache
+def backend() -> str:
+    """What configurations are for: "cuda", "hip", or "interpreter"."""
+    return "interpreter" if _interpreted() else "hip" if torch.version.hip else "cuda"
 
 
 def path(declined: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inverse_definite
 
-_KERNEL_MAX_N = 64
+_TILE_MAX_N = 64  # one program for each matrix; above, a sequence of products
+_KERNEL_MAX_N = 4096
 
 
 def kernel_declines(w: Tensor) -> str:
@@ -18,6 +21,11 @@ def kernel_declines(w: Tensor) -> str:
         return reason
     n = w.size(-1)
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
+
+
+def _kernels(n: int) -> Any:
+    """The kernels for n x n matrices."""
+    return registry.kernels("cayley" if n <= _TILE_MAX_N else "newton_schulz")
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -47,9 +55,10 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if path == "closed":
         q = _closed_fwd(w, d)
     else:
-        kernels = registry.kernels("cayley")
+        kernels = _kernels(w.size(-1))
         with torch.cuda.device_of(w):
-            q = kernels.cayley_fwd(w, d, kernels.fwd_config(w.size(-1), w.dtype, registry.BACKEND))
+            config = kernels.fwd_config(w.size(-1), w.dtype, registry.backend())
+            q = kernels.cayley_fwd(w, d, config)
     return q, (q, d)
 
 
@@ -57,9 +66,9 @@ def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tu
     q, d = saved
     if registry.path(kernel_declines(q)) == "closed":
         return _closed_bwd(g, saved, dtype)
-    kernels = registry.kernels("cayley")
+    kernels = _kernels(q.size(-1))
     with torch.cuda.device_of(q):
-        config = kernels.bwd_config(q.size(-1), q.dtype, registry.BACKEND)
+        config = kernels.bwd_config(q.size(-1), q.dtype, registry.backend())
         return (kernels.cayley_bwd(g, q, d, dtype, config),)
 
 

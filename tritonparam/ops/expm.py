@@ -31,9 +31,9 @@ def _kernels(w: Tensor) -> tuple[Any, Any]:
     n = w.size(-1)
     if n <= _TILE_MAX_N and w.dtype != torch.float64:
         kernels = registry.kernels("expm")
-        return kernels, kernels.config(n, registry.BACKEND)
+        return kernels, kernels.config(n, registry.backend())
     kernels = registry.kernels("expm_gemm")
-    return kernels, kernels.config(n, compute_dtype(w.dtype), registry.BACKEND)
+    return kernels, kernels.config(n, compute_dtype(w.dtype), registry.backend())
 
 
 def _argument(w: Tensor, kind: Kind) -> Tensor:
