@@ -40,6 +40,7 @@ FLOORS = {
     "fuse": 5,
     "register": 5.1,
     "explain": 5.1,
+    "info": 5.1,
     "parametrizations": 5.2,
     "tritonparam": 6,
     "demos": 7,
