@@ -26,6 +26,7 @@ FLOORS = {
     "links": 2,
     "orthogonal": 2.1,
     "cache": 2.1,
+    "configs": 2.1,
     "autograd": 2.1,
     "ops": 3,
     "ops.cayley": 3,
