@@ -38,11 +38,13 @@ class Resources:
     shared: int
 
 
-def shipped_resources(target: str) -> list[Resources]:
-    """Compile every shipped configuration for `target`, for example "sm_90" or "gfx942"."""
+def shipped(target: str) -> list[tuple]:
+    """Every shipped configuration for `target`, for example "sm_90": what `compile_kernel` takes.
+
+    Raises ValueError where the target is not named like one.
+    """
     backend = _gpu_target(target).backend
-    rows = [row for module in MODULES for row in module.shipped(backend)]
-    return [compile_kernel(*row, target=target) for row in rows]
+    return [row for module in MODULES for row in module.shipped(backend)]
 
 
 def compile_kernel(name: str, kernel, types: dict, options: dict, target: str) -> Resources:
@@ -74,11 +76,11 @@ def compile_kernel(name: str, kernel, types: dict, options: dict, target: str) -
 
 
 def _gpu_target(name: str) -> GPUTarget:
-    if name.startswith("sm_"):
+    if re.fullmatch(r"sm_\d{2,3}", name):
         return GPUTarget("cuda", int(name[3:]), 32)
-    if name.startswith("gfx"):
+    if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):
         return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
-    raise ValueError(f"aot: target must be sm_<number> or gfx<number>, got {name!r}")
+    raise ValueError(f"aot: target must be like sm_90 or gfx942, got {name!r}")
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 
 KINDS = ("skew", "symmetric")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -15,33 +17,30 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
-# Under TRITON_INTERPRET there is nothing to compile, so another process compiles everything.
-COMPILE = """
-import json, sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
-from multiprocessing import get_context
-from tritonparam.kernels.aot import shipped_resources
 
-if __name__ == "__main__":
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        tables = pool.map(shipped_resources, sys.argv[1:])
-        print(json.dumps([asdict(row) for table in tables for row in table]))
-"""
+def info(*arguments, **environment):
+    """`python -m tritonparam info` in a process of its own."""
+    command = [sys.executable, "-m", "tritonparam", "info", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-c", COMPILE, *TARGETS]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    targets = [part for target in TARGETS for part in ("--target", target)]
+    cache = str(tmp_path_factory.mktemp("triton"))
+    # Even so: it compiles in processes of its own.
+    environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "1"}
+    done = info("--kernels", "--json", *targets, **environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert "compiling" in done.stderr
+    content = json.loads(done.stdout)
+    assert list(content) == ["kernels"]
+    return content["kernels"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_configuration_is_compiled(rows, target):
+    assert all(list(row) == ["name", "target", "regs", "stack", "shared"] for row in rows)
     names = [row["name"] for row in rows if row["target"] == target]
     assert len(names) == len(set(names))
     for dtype in ("bf16", "fp16", "fp32", "fp64"):

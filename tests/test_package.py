@@ -18,6 +18,7 @@ FILES = {
     "tritonparam/ops/cayley.py": "tritonparam/ops/cayley.py",
     "tritonparam/demos/rnn.py": "tritonparam/demos/rnn.py",
     "tritonparam/py.typed": "tritonparam/py.typed",
+    "tritonparam/tuned_configs.json": "tritonparam/tuned_configs.json",
 }
 
 

@@ -50,6 +50,7 @@ def application() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(help_when_alone)
     demo.callback(invoke_without_command=True)(help_when_alone)
+    app.command("info")(info)
     demo.command("rnn")(demo_rnn)
     app.add_typer(demo, name="demo")
     return app
@@ -59,6 +60,30 @@ def help_when_alone(context: typer.Context) -> None:
     """Constrained weights in PyTorch at the cost of unconstrained ones."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def info(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Compile every kernel and show what it uses.")
+    ] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --kernels: a GPU to compile for, as sm_90 or gfx942; may be repeated.  "
+            "[default: the GPU present, or sm_80, sm_90, sm_100 and gfx942]"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show versions, the device and whether kernels can run on it."""
+    from tritonparam import info
+
+    try:
+        print(info.report(kernels=kernels, targets=target, as_json=as_json))
+    except info.BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    except info.Unavailable as error:
+        sys.exit(f"tritonparam: {error}")
 
 
 def demo_rnn(

@@ -1,0 +1,171 @@
+"""The table of measured paths and configurations: what it answers, and what it costs to ask."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import tritonparam as tp
+from tritonparam import configs
+
+ROW = {
+    "device": "cpu",  # the name under which tensors on the CPU ask
+    "dtype": "float32",
+    "chain": "cayley",
+    "n": 48,
+    "path": "kernel",
+    "config": {"fwd": {"num_warps": 2}},
+}
+CLOSED = ROW | {"chain": "skew_exp", "path": "closed", "config": {}}
+
+
+@dataclass(frozen=True)
+class Launch:
+    block: int
+    num_warps: int = 1
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Puts a table, or any text, into the place of the one that is shipped."""
+
+    def write(*rows, text=None):
+        file = tmp_path / "tuned_configs.json"
+        file.write_text(json.dumps({"format": 1, "rows": rows}) if text is None else text)
+        monkeypatch.setattr(configs, "FILE", file)
+        configs.reload()
+
+    yield write
+    monkeypatch.undo()
+    configs.reload()
+
+
+def test_the_shipped_table_can_be_read():
+    assert isinstance(configs.parse(configs.FILE.read_text()), dict)
+
+
+def test_a_row_speaks_for_its_sizes_alone(write):
+    write(ROW, CLOSED)
+    x = torch.zeros(3, 48, 48)
+    for n in (33, 48, 50, 64):
+        assert configs.lookup("cayley", x, n) == configs.Choice("kernel", ROW["config"])
+    for n in (0, 1, 32, 65, 128):
+        assert configs.lookup("cayley", x, n) is None
+    assert configs.lookup("skew_exp", x, 64).path == "closed"
+    assert configs.lookup("symmetric_exp", x, 64) is None
+
+
+def test_low_precision_asks_for_fp32(write):
+    write(ROW)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert configs.lookup("cayley", torch.zeros(2, 2, dtype=dtype), 48)
+    assert configs.lookup("cayley", torch.zeros(2, 2, dtype=torch.float64), 48) is None
+
+
+def test_another_device_does_not_match(write, monkeypatch):
+    write(ROW)
+    monkeypatch.setattr(configs, "_device_name", lambda device: f"another {device.type}")
+    assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
+    assert configs.lookup("cayley", torch.zeros(2, 2, device="meta"), 48) is None
+
+
+def test_launch_replaces_what_the_row_names(write):
+    write(ROW)
+    x = torch.zeros(2, 2)
+    asked = []
+
+    def default(n, dtype, block=64):
+        asked.append((n, dtype))
+        return Launch(block, num_warps=4)
+
+    assert configs.launch("cayley", "fwd", x, default, 50, x.dtype) == Launch(64, 2)
+    assert configs.launch("cayley", "bwd", x, default, 50, x.dtype) == Launch(64, 4)
+    assert configs.launch("cayley", "fwd", x, default, 20, x.dtype) == Launch(64, 4)
+    assert configs.launch("cayley", "fwd", x, default, 20, x.dtype, 32) == Launch(32, 4)
+    before = list(asked)
+    assert configs.launch("cayley", "fwd", x, default, 50, x.dtype) == Launch(64, 2)
+    assert asked == before  # remembered
+
+
+def test_fastest_gives_way_to_use_path_and_to_compilers(write, monkeypatch):
+    write(CLOSED)
+    x = torch.zeros(2, 2)
+    assert configs.fastest("skew_exp", x, 64) == "closed"
+    assert configs.fastest("cayley", x, 64) == ""
+    with tp.use_path("kernel"):
+        assert configs.fastest("skew_exp", x, 64) == ""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert configs.fastest("skew_exp", x, 64) == ""
+
+
+MALFORMED = {
+    "": "Expecting value",
+    "[]": "an object with format 1",
+    '{"format": 2, "rows": []}': "an object with format 1",
+    '{"format": 1}': "rows must be a list",
+    '{"format": 1, "rows": [3]}': "a row must have device, dtype, chain, n, path, config",
+}
+MALFORMED |= {
+    json.dumps({"format": 1, "rows": rows}): reason
+    for rows, reason in (
+        ([ROW, ROW | {"n": 64}], "two rows speak for the same sizes"),
+        ([{key: ROW[key] for key in ROW if key != "n"}], "a row must have"),
+        ([ROW | {"n": 0}], "no such"),
+        ([ROW | {"n": True}], "n must be a JSON int"),
+        ([ROW | {"dtype": "bfloat16"}], "no such compute dtype"),
+        ([ROW | {"path": "fast"}], "no such"),
+        ([ROW | {"path": "closed"}], "only a kernel has a config"),
+        ([ROW | {"config": {"forward": {}}}], "objects under fwd and bwd"),
+        ([ROW | {"config": {"fwd": 3}}], "objects under fwd and bwd"),
+    )
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), MALFORMED.items())
+def test_a_malformed_table_is_a_warning_and_no_table(write, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        configs.parse(text)
+    write(text=text)
+    with pytest.raises(UserWarning, match=r"tuned_configs\.json is not used"):  # ours are errors
+        configs.lookup("cayley", torch.zeros(2, 2), 48)
+    configs.reload()
+    with pytest.warns(UserWarning, match="default configurations"):
+        assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
+    assert configs.lookup("cayley", torch.zeros(2, 2), 8) is None  # warned once
+
+
+def test_a_missing_table_is_a_warning(write):
+    write()
+    configs.FILE.unlink()
+    with pytest.warns(UserWarning, match="is not used"):
+        assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
+
+
+def test_a_number_that_the_kernel_does_not_have(write):
+    write(ROW | {"config": {"fwd": {"num_wraps": 2}}})
+    with pytest.warns(UserWarning, match="num_wraps"):
+        assert configs.launch("cayley", "fwd", torch.zeros(2, 2), Launch, 48) == Launch(48)
+
+
+@pytest.mark.parametrize("rows", [(), (ROW, CLOSED)])
+def test_asking_costs_less_than_two_microseconds(write, rows):
+    write(*rows)
+    x = torch.zeros(2, 2)
+    questions = (
+        lambda: configs.lookup("cayley", x, 50),
+        lambda: configs.fastest("cayley", x, 50),
+        lambda: configs.launch("cayley", "fwd", x, Launch, 50),
+    )
+    for ask in questions:
+        ask()
+        times = []
+        for _ in range(500):  # the least: others use this machine too
+            start = time.perf_counter()
+            for _ in range(20):
+                ask()
+            times.append((time.perf_counter() - start) / 20)
+        assert min(times) < 2e-6
