@@ -265,7 +265,7 @@ def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3
     if n <= 256:
         return Config(32, 32, precision, num_warps=4)
-    return Config(64, 32, precision, num_warps=8)
+    return Config(64, 16, precision, num_warps=8)
 
 
 def n_tiles(n: int, config: Config, form: str = "full") -> int:

@@ -1,39 +1,27 @@
 """Every shipped kernel configuration compiles for every target and spills nothing."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+
+from tests.conftest import AOT_TARGETS as TARGETS
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 KINDS = ("skew", "symmetric")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical
 # specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
-def info(*arguments, **environment):
-    """`python -m tritonparam info` in a process of its own."""
-    command = [sys.executable, "-m", "tritonparam", "info", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    targets = [part for target in TARGETS for part in ("--target", target)]
-    cache = str(tmp_path_factory.mktemp("triton"))
-    # Even so: it compiles in processes of its own.
-    environment = {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "1"}
-    done = info("--kernels", "--json", *targets, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "compiling" in done.stderr
-    content = json.loads(done.stdout)
+def rows(compiled):
+    code, out, err = compiled
+    assert code == 0, err
+    assert "compiling" in err
+    content = json.loads(out)
     assert list(content) == ["kernels"]
     return content["kernels"]
 
