@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +13,58 @@ from torch.nn.utils import parametrizations
 from tests.cases import CASES, Case
 
 SQUARE = ((64, 32, 32), (64, 64), (128, 128), (256, 256), (512, 512))
+CPU: dict[str, tuple[tuple[int, ...], ...]] = {
+    "cayley": SQUARE,
+    "skew_exp": SQUARE,
+    "symmetric_exp": SQUARE,
+    "matrix_exp": SQUARE[:1] + SQUARE[2:4],
+    "tall_cayley": ((512, 64), (1024, 64)),
+    "tall_exp": ((512, 64), (1024, 64)),
+    "householder": ((512, 64), (512, 512), (4096, 64)),
+    "spectral_norm": ((512, 4608),),
+    "weight_norm": ((512, 4608),),
+}
+
+# The weights of the 20 convolutions of a ResNet-18 for small images.
+LAYERS = (
+    (64, 27),
+    *[(64, 576)] * 4,
+    *((128, 576), (128, 64), *[(128, 1152)] * 3),
+    *((256, 1152), (256, 128), *[(256, 2304)] * 3),
+    *((512, 2304), (512, 256), *[(512, 4608)] * 3),
+)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Weights of one chain that are read together, and whether a graph of that is replayed too."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    graph: bool = False
+
+    @property
+    def case(self) -> Case:
+        """Of the chain."""
+        return next(case for case in CASES if case.name == self.name)
+
+
+_MAPS = ("cayley", "skew_exp", "symmetric_exp")
+_TALL = ("tall_cayley", "tall_exp", "householder")
 
 # Most valuable first: a time budget cuts the list off at its end.
-SHAPES: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
-    "cayley": {
-        "cpu": SQUARE,
-        "cuda": (
-            (1024, 32, 32),
-            (4096, 16, 16),
-            (1024, 64, 64),
-            (64, 64),
-            (4096, 8, 8),
-            (64, 32, 32),
-            (128, 128),
-            (256, 256),
-            (512, 512),
-        ),
-    },
-    "skew_exp": {"cpu": SQUARE, "cuda": ((1024, 32, 32), *SQUARE)},
-    "symmetric_exp": {"cpu": SQUARE, "cuda": ((1024, 32, 32), *SQUARE)},
-    "matrix_exp": {"cpu": SQUARE[:1] + SQUARE[2:4], "cuda": SQUARE[:1] + SQUARE[2:4]},
-    "tall_cayley": {"cpu": ((512, 64), (1024, 64)), "cuda": ((512, 64), (1024, 64))},
-    "tall_exp": {"cpu": ((512, 64), (1024, 64)), "cuda": ((512, 64), (1024, 64))},
-    "householder": {
-        "cpu": ((512, 64), (512, 512), (4096, 64)),
-        "cuda": ((512, 64), (512, 512), (4096, 64)),
-    },
-    "spectral_norm": {"cpu": ((512, 4608),), "cuda": ((512, 4608),)},
-    "weight_norm": {"cpu": ((512, 4608),), "cuda": ((512, 4608),)},
-}
+CUDA = (
+    *(
+        Timed(name, (shape,), graph=True)
+        for shape in ((4096, 16, 16), (1024, 32, 32), (1024, 64, 64))
+        for name in _MAPS
+    ),
+    *(Timed(name, ((n, n),), graph=True) for n in (128, 256, 512) for name in _MAPS),
+    Timed("spectral_norm", LAYERS, graph=True),
+    Timed("weight_norm", LAYERS, graph=True),
+    *(Timed(name, ((n, n),)) for n in (1024, 2048) for name in _MAPS),
+    *(Timed(name, (shape,)) for shape in ((4096, 64), (30000, 50)) for name in _TALL),
+)
 
 # The spectral norm of what the map is applied to; other chains take 1.
 NORMS = {"skew_exp": torch.pi, "symmetric_exp": torch.pi}
@@ -49,10 +74,39 @@ NORMS = {"skew_exp": torch.pi, "symmetric_exp": torch.pi}
 _TORCH = {"tall_cayley": "cayley", "tall_exp": "matrix_exp", "householder": "householder"}
 
 
-def rows(kind: str) -> list[tuple[Case, tuple[int, ...]]]:
-    """The chains and shapes timed on a kind of device, "cpu" or "cuda"."""
-    cases = [case for case in CASES if case.name in SHAPES]
-    return [(case, shape) for case in cases for shape in SHAPES[case.name][kind]]
+# Products of n × n matrices that forward and backward need at least: an inverse counts as one, the
+# exponentials are even/odd series of six products of symmetric matrices, which are half as dear,
+# and ten of any; without squarings.
+_PRODUCTS = {"cayley": 1 + 2, "skew_exp": 3 + 10, "symmetric_exp": 3 + 10, "matrix_exp": 4 + 8}
+
+
+def rows(kind: str) -> list[Timed]:
+    """What is timed on a kind of device, "cpu" or "cuda"."""
+    if kind == "cuda":
+        return list(CUDA)
+    names = [case.name for case in CASES if case.name in CPU]
+    return [Timed(name, (shape,)) for name in names for shape in CPU[name]]
+
+
+def least(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes and operations that forward and backward of one fp32 weight cannot do without.
+
+    Read the original and write the weight; read what comes in and one saved tensor, and write the
+    gradient.
+    """
+    n, k = shape[-2:]
+    batch = math.prod(shape[:-2])
+    operations = 2 * _PRODUCTS.get(name, 0) * batch * k**3
+    if name in _TALL:  # a Gram matrix and a product, twice that backward; and what is k × k
+        inside = {"tall_cayley": 3 * 2, "tall_exp": 13 * 2 * 2**3, "householder": 2}[name]
+        operations = batch * (9 * n * k**2 + inside * k**3)
+    return 5 * 4 * math.prod(shape), operations
+
+
+def torchs_bytes(name: str, shape: tuple[int, ...]) -> int:
+    """What torch's own ``orthogonal`` holds of n × n matrices in forward and backward, about."""
+    matrices = {"tall_cayley": 10, "tall_exp": 60, "householder": 6}  # its exp: 2n × 2n backward
+    return matrices.get(name, 0) * 4 * max(shape) ** 2
 
 
 def torchs_own(case: Case) -> Callable[[Tensor], nn.Module] | None:

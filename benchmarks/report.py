@@ -30,24 +30,39 @@ def _results() -> Iterator[tuple[Row, dict[str, list[Row]]]]:
             yield machine, {name: content["rows"] for name, content in found.items()}
 
 
-def _milliseconds(row: Row | None) -> str:
-    return "–" if row is None else f"{row['median_us'] / 1000:.3g}"
+def _milliseconds(microseconds: float | None) -> str:
+    return "–" if microseconds is None else f"{microseconds / 1000:.3g}"
 
 
-def _times(rows: list[Row]) -> list[str]:
+def _label(row: Row) -> str:
+    shape = row["shape"]
+    layers = isinstance(shape[0], list)
+    size = f"{len(shape)} layers" if layers else "×".join(map(str, shape))
+    phase = {"forward+backward": "", "read": ", read"}.get(row["phase"])
+    return f"{row['chain']} {size}{', graph' if phase is None else phase}"
+
+
+def _times(rows: list[Row], floors: bool) -> list[str]:
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
-        shape = "×".join(map(str, row["shape"]))
-        read = ", read" if row["phase"] == "read" else ""
-        cases.setdefault(f"{row['chain']} {shape}{read}", {})[row["contender"]] = row
+        cases.setdefault(_label(row), {})[row["contender"]] = row
     lines = []
     for case, by in cases.items():
-        times = [_milliseconds(by.get(c)) for c in ("composed", "compiled", "closed", "kernel")]
-        ours = by.get("kernel", by["closed"])
-        line = f"| {case} | {' | '.join(times)} | {ours['speedup_over_composed']:.2f}× |"
+        ours = by["kernel"] if "kernel" in by else by["closed"]
+        found = [by.get(c, {}) for c in ("composed", "compiled", "closed", "kernel")]
+        cells = [case, *(_milliseconds(row.get("median_us")) for row in found)]
+        gain = ours["speedup_over_composed"]
+        cells.append("–" if gain is None else f"{gain:.2f}×")
+        if floors:
+            cells.append(_milliseconds(ours.get("floor_us")))
         if "value_error" in ours:
-            line += f" {ours['value_error']:.0e} ({by['composed']['value_error']:.0e}) |"
-        lines.append(line if line.count("|") == 8 else line + " |")
+            theirs = by["composed"].get("value_error")
+            cells.append(f"{ours['value_error']:.0e}")
+            if theirs is not None:
+                cells[-1] += f" ({theirs:.0e})"
+        else:
+            cells.append("")
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return lines
 
 
@@ -75,11 +90,13 @@ def tables() -> str:
     for machine, by_name in _results():
         versions = f"torch {machine['torch']}, triton {machine['triton']}"
         lines += [f"{machine['device']}; {versions}; commit {machine['commit']}.", ""]
-        lines += ["| chain, shape | composed | compiled | closed | kernel | gain | error |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        floors = any("floor_us" in row for rows in by_name.values() for row in rows)
+        head = ["chain, shape", "composed", "compiled", "closed", "kernel", "gain"]
+        head += ["floor", "error"] if floors else ["error"]
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         ordered = [case.name for case in CASES if case.name in by_name]
         for name in [*ordered, *(["read"] if "read" in by_name else [])]:
-            lines += _times(by_name[name])
+            lines += _times(by_name[name], floors)
         if "embedding" in by_name:
             lines += _embedding(by_name["embedding"])
         if "accuracy" in by_name:

@@ -3,7 +3,9 @@
 Each round times composed eager, composed under torch.compile, the closed form and the kernel once,
 in one process; what is compared is the median of the per-round ratios. Where torch's
 ``orthogonal`` does the same job, it stands for composed. Chains are in training mode. Rows go to
-``benchmarks/results/<device>/<chain>.json``, losses like wins.
+``benchmarks/results/<device>/<chain>.json``, losses like wins. On a GPU every row has its floor,
+``floor_us``: the bytes at the rate of a copy or the products at the rate of a product, whichever
+takes longer, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -13,30 +15,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-import tritonparam as tp
-from benchmarks import machine
-from benchmarks.cases import NORMS, rows, torchs_own
-from tests.cases import CASES, Case, composed, error, fused
+from benchmarks import machine, measure
+from benchmarks.cases import Timed, rows
+from benchmarks.clock import Clock
+from tests.cases import CASES
 
 KIND = os.environ.get("TRITONPARAM_BENCH_DEVICE") or "cpu"
 BUDGET = float(os.environ.get("TRITONPARAM_BENCH_BUDGET") or "inf")
 OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
-ROUNDS = 30
-WARM_UP = 5
-# Seconds: above the first nothing is compiled, beyond the second a contender gets fewer rounds.
-SLOW, LONGEST = 0.3, 20.0
-
-Contender = Callable[[], None]
+CLOCK = Clock(KIND)
+READ_SIZE = {"cpu": 8, "cuda": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,163 +43,48 @@ def _write(name: str, results: list[dict[str, Any]]) -> None:
     here = Path(__file__).parent / "results" / machine.folder(KIND)
     folder = Path(OUT) if OUT else here
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine.describe(KIND), "rows": results}
+    content: dict[str, Any] = {"machine": machine.describe(KIND)}
+    if KIND == "cuda":
+        content["rates"] = CLOCK.rates()
+    content["rows"] = results
     (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _fused_paths(case: Case, shape: tuple[int, ...]) -> list[str]:
-    kernel = KIND == "cuda" and shape[-1] <= case.max_kernel_n
-    return ["closed", "kernel"] if kernel else ["closed"]
-
-
-def _gate(case: Case, module: nn.Module, g: Tensor) -> dict[str, tuple[float, float]]:
-    """Errors of value and gradient by contender; fails where a fused one is not as good as torch.
-
-    Matrix by matrix in fp64: batched LU on the CPU cannot be trusted there (pytorch #142815).
-    """
-    module = deepcopy(module).eval()
-    y64, dw64 = composed(module, g)
-    y32, dw32 = composed(module, g, torch.float32)
-    found = {"composed": (error(y32, y64), error(dw32, dw64))}
-    for path in _fused_paths(case, g.shape):
-        y, dw = fused(module, g, path)
-        found[path] = (error(y, y64), error(dw, dw64))
-        for mine, theirs in zip(found[path], found["composed"], strict=True):
-            assert mine <= 3 * theirs + 5e-7, f"{path} is off by {mine:.1e}, torch by {theirs:.1e}"
-    return found
-
-
-def _contenders(
-    case: Case, module: nn.Module, theirs: nn.Module, g: Tensor
-) -> dict[str, Contender]:
-    """Forward and backward through the property, by contender."""
-
-    def through(path: str, module: nn.Module, read: Callable[[], Tensor]) -> Contender:
-        parameters = list(module.parameters())
-
-        def step() -> None:
-            with tp.use_path(path):
-                for x in parameters:
-                    x.grad = None
-                read().backward(g)
-
-        return step
-
-    def read_ours() -> Tensor:
-        return module.weight
-
-    def read_theirs() -> Tensor:
-        return theirs.weight
-
-    found = {"composed": through("composed", theirs, read_theirs)}
-    found["composed"]()
-    if _seconds(found["composed"]) < SLOW:
-        compiled = torch.compile(read_theirs, dynamic=False)
-        found["compiled"] = through("composed", theirs, compiled)
-    for path in _fused_paths(case, g.shape):
-        found[path] = through(path, module, read_ours)
-    return found
-
-
-def _seconds(step: Contender) -> float:
-    if KIND == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    step()
-    if KIND == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-@pytest.mark.parametrize(
-    ("case", "shape"), [pytest.param(*row, id=f"{row[0].name}-{row[1]}") for row in rows(KIND)]
-)
-def test_forward_backward(case: Case, shape: tuple[int, ...], benchmark: Any, results: Any) -> None:
+def _skip_beyond_budget(results: dict[str, Any]) -> None:
     if time.monotonic() - results["started"] > BUDGET:
         pytest.skip("the time budget is spent")
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    original = case.original(shape, NORMS.get(case.name, 1.0), torch.float32).to(KIND)
-    g = torch.randn(shape, device=KIND)
-    make = torchs_own(case)
-    theirs = make(original) if make else case.module(original)
-    module = case.module(original)
-    errors = _gate(case, module, g)
-    contenders = _contenders(case, module.train(), theirs.train(), g)
-    slowest = _seconds(contenders["composed"])
-    rounds = max(3, min(ROUNDS, int(LONGEST / slowest)))
-    for step in contenders.values():
-        for _ in range(min(WARM_UP, rounds)):
-            step()
-    times = _interleaved(contenders, benchmark, rounds)
-    table = results.setdefault(case.name, [])
-    for name in contenders:
-        row = _row(case.name, shape, "forward+backward", name, times)
-        if name in errors:
-            row["value_error"], row["gradient_error"] = (float(f"{e:.1e}") for e in errors[name])
-        table.append(row)
-    benchmark.extra_info["speedup_over_composed"] = table[-1]["speedup_over_composed"]
-    _write(case.name, table)
 
 
-def _interleaved(
-    contenders: dict[str, Contender], benchmark: Any, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, the last one under pytest-benchmark's clock."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    *others, last = contenders
+def _clocked(benchmark: Any) -> measure.Repeat:
+    """Repeat under pytest-benchmark's clock, which shows the last contender once."""
 
-    def time_the_others() -> None:
-        for name in others:
-            times[name].append(_seconds(contenders[name]))
+    def repeat(step: Any, before: Any, rounds: int) -> None:
+        benchmark.pedantic(step, setup=before, rounds=rounds)
 
-    def time_the_last() -> None:
-        times[last].append(_seconds(contenders[last]))
-
-    benchmark.pedantic(time_the_last, setup=time_the_others, rounds=rounds)
-    return times
+    return repeat
 
 
-def _row(
-    chain: str, shape: tuple[int, ...], phase: str, name: str, times: dict[str, list[float]]
-) -> dict[str, Any]:
-    p20, *_, p80 = quantiles(times[name], n=5)
-    ratios = [a / b for a, b in zip(times["composed"], times[name], strict=True)]
-    return {
-        "chain": chain,
-        "shape": list(shape),
-        "dtype": "float32",
-        "phase": phase,
-        "contender": name,
-        "median_us": round(median(times[name]) * 1e6, 1),
-        "p20_us": round(p20 * 1e6, 1),
-        "p80_us": round(p80 * 1e6, 1),
-        "speedup_over_composed": round(median(ratios), 2),
-    }
+def _name(timed: Timed) -> str:
+    shape = timed.shapes[0] if len(timed.shapes) == 1 else f"{len(timed.shapes)} layers"
+    return f"{timed.name}-{shape}"
 
 
-def test_read_without_gradient(benchmark: Any) -> None:
-    """What the property, the guard and the op cost where the matrix costs nothing."""
-    torch.manual_seed(0)
-    case = CASES[0]
-    module = case.module(case.original((8, 8), 1.0, torch.float32).to(KIND))
+def test_read_without_gradient(benchmark: Any, results: Any) -> None:
+    """What a read costs the host: on the CPU where the matrix costs nothing."""
+    _skip_beyond_budget(results)
 
-    def reading(path: str) -> Contender:
-        @torch.no_grad()
-        def step() -> None:
-            with tp.use_path(path):
-                for _ in range(20):
-                    module.weight  # noqa: B018
+    _write("read", measure.read(CASES[0], READ_SIZE[KIND], CLOCK, _clocked(benchmark)))
 
-        return step
 
-    contenders = {name: reading(name) for name in ("composed", case.paths[KIND == "cuda"])}
-    for step in contenders.values():
-        step()
-    times = _interleaved(contenders, benchmark, 100)
-    times = {name: [seconds / 20 for seconds in column] for name, column in times.items()}
-    table = [_row(case.name, (8, 8), "read", name, times) for name in contenders]
-    _write("read", table)
+@pytest.mark.parametrize("timed", rows(KIND), ids=_name)
+def test_forward_backward(timed: Timed, benchmark: Any, results: Any) -> None:
+    _skip_beyond_budget(results)
+
+    table = results.setdefault(timed.name, [])
+    for found in measure.forward_backward(timed, CLOCK, _clocked(benchmark)):
+        table += found
+        benchmark.extra_info[f"{found[-1]['phase']}: speedup"] = found[-1]["speedup_over_composed"]
+        _write(timed.name, table)
 
 
 EMBEDDING = """
@@ -237,6 +116,8 @@ def test_embedding(orthogonal_map: str, benchmark: Any, results: Any) -> None:
 
     torch's own would need a base of 30000 × 30000; there is nothing to compare with.
     """
+    if KIND != "cpu":
+        pytest.skip("on the CPU; a GPU times 30000×50 with the other tall weights")
     code = EMBEDDING.replace("MAP", repr(orthogonal_map))
     found: list[list[float]] = []
 

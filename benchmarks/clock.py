@@ -1,0 +1,185 @@
+"""What depends on the device: clock, caches, graphs, the rates of copies and of products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from statistics import median
+
+import torch
+
+Step = Callable[[], object]
+PRECISIONS = ("float32", "3xtf32")
+PRODUCTS_FROM = 1024  # the size from which the products themselves are timed
+
+
+class Clock:
+    """Times steps on one kind of device.
+
+    Arguments:
+        kind: "cpu" or "cuda".
+        device: of its tensors; tests let a "cuda" clock time tensors on the CPU.
+        largest: the size of the copies, in bytes, and of the products that rates are taken from.
+    """
+
+    def __init__(
+        self, kind: str, device: str | None = None, largest: tuple[int, int] = (1 << 28, 4096)
+    ) -> None:
+        self.kind, self.device, self.largest = kind, device or kind, largest
+        self._products: dict[int, dict[str, float]] = {}
+
+    def seconds(self, step: Step) -> float:
+        """One step as a user waits for it, started on an idle device with cold caches."""
+        self.evict()
+        self.synchronize()
+        return self._timed(step)
+
+    def device_seconds(self, step: Step) -> float:
+        """One step on the device alone: it is queued while the caches are being emptied."""
+        self.evict()
+        return self._timed(step)
+
+    def host_seconds(self, step: Step) -> float:
+        """What the host spends on a step, whether or not the device has done it then."""
+        self.synchronize()
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+
+    def _timed(self, step: Step) -> float:
+        if self.kind != "cuda":
+            started = time.perf_counter()
+            step()
+            return time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def evict(self) -> None:
+        """Read twice what the L2 cache holds, so that nothing of a step is left in it.
+
+        Unlike inputs that rotate this makes outputs and saved tensors cold too, and serves graphs,
+        whose addresses are fixed. Reading leaves nothing to be written back.
+        """
+        if self.kind == "cuda":
+            self._more_than_the_cache.sum()
+
+    @cached_property
+    def _more_than_the_cache(self) -> torch.Tensor:
+        size = torch.cuda.get_device_properties().L2_cache_size
+        return torch.zeros(2 * size // 4, device=self.device)
+
+    def free_bytes(self) -> int:
+        """Memory that can still be allocated."""
+        if self.kind != "cuda":
+            return 8 << 30
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def synchronizes(self, step: Step) -> bool:
+        """Whether a step waits for the device, so that no graph can hold it."""
+        if self.kind != "cuda":
+            return False
+        self.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
+
+    def capture(self, step: Step) -> Step:
+        """A graph of a step, to be replayed; the step itself where there are no graphs."""
+        if self.kind != "cuda":
+            return step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    @cached_property
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written, of a large copy."""
+        source = torch.ones(self.largest[0] // 4, device=self.device)
+        target = torch.empty_like(source)
+        seconds = self._median(lambda: target.copy_(source))
+        return 2 * source.numel() * 4 / seconds
+
+    def product_seconds(self, n: int) -> dict[str, float]:
+        """One n × n product in fp32 by ``torch.matmul``, and as three TF32 products (3xTF32).
+
+        The second is the sum of hi hi, hi lo and lo hi with both factors split beforehand.
+        """
+        if n not in self._products:
+            a, b, c = (torch.randn(n, n, device=self.device) for _ in range(3))
+            (a_hi, a_lo), (b_hi, b_lo) = _split(a), _split(b)
+
+            def three() -> None:
+                torch.matmul(a_hi, b_hi, out=c)
+                c.addmm_(a_hi, b_lo)
+                c.addmm_(a_lo, b_hi)
+
+            before = torch.backends.cuda.matmul.allow_tf32
+            try:
+                torch.backends.cuda.matmul.allow_tf32 = False
+                plain = self._median(lambda: torch.matmul(a, b, out=c))
+                torch.backends.cuda.matmul.allow_tf32 = True
+                split = self._median(three)
+            finally:
+                torch.backends.cuda.matmul.allow_tf32 = before
+            self._products[n] = dict(zip(PRECISIONS, (plain, split), strict=True))
+        return self._products[n]
+
+    @cached_property
+    def product_rate(self) -> dict[str, float]:
+        """Operations per second of large products, by precision."""
+        n = self.largest[1]
+        return {name: 2 * n**3 / seconds for name, seconds in self.product_seconds(n).items()}
+
+    def rates(self) -> dict[str, float]:
+        """What the floors are made of, for the head of a result file."""
+        found = {"copy_gb_per_s": self.copy_rate / 1e9}
+        found |= {f"{name}_tflops": rate / 1e12 for name, rate in self.product_rate.items()}
+        return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+    def floor(self, n_bytes: int, operations: int, n: int) -> float:
+        """Seconds below which nothing that moves and computes this much can be.
+
+        From n = PRODUCTS_FROM the rate of the products is that of products of the same size.
+        """
+        if not operations:
+            return n_bytes / self.copy_rate
+        rate = max(self.product_rate.values())
+        if n >= PRODUCTS_FROM:
+            rate = 2 * n**3 / min(self.product_seconds(n).values())
+        return max(n_bytes / self.copy_rate, operations / rate)
+
+    def _median(self, step: Step) -> float:
+        for _ in range(3):
+            step()
+        return median(self.device_seconds(step) for _ in range(9))
+
+
+def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x = hi + lo, hi with the 10 bits of TF32's mantissa."""
+    hi = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return hi, x - hi
