@@ -257,7 +257,7 @@ def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3
     if n <= 256:
         return Config(32, 32, precision, num_warps=4)
-    return Config(64, 32, precision, num_warps=8)
+    return Config(64, 16, precision, num_warps=8)
 
 
 def n_tiles(n: int, config: Config, form: str = "full") -> int:
@@ -299,7 +299,7 @@ def product(
             of Z, and "skew_gradient", triu(Z - Z^T, 1), are the gradients of `symmetric` and `skew`
             where Z is that of what they return.
         first, turn: int32 [matrices]; a matrix is left alone while turn < first.
-        rough: int32 [matrices]; where it is not zero, products are plain TF32.
+        rough: int32 [matrices]; where it is not zero, products of fp32 are plain TF32.
         sums: [matrices, n_tiles(n, config, form), 2], of out's dtype; receives the trace and the
             sum of squares of each tile of "full", or with its mirror image of the next two.
     """
@@ -318,6 +318,7 @@ def product(
     c_stride, trans_c = 0, False
     if c is not None:
         c, c_stride, trans_c = _by_rows_or_columns(c)
+    rough = rough if a.dtype == torch.float32 else None
     u, v = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (u, v))
     _product_kernel[(n_matrices * tiles,)](
         a,
@@ -425,6 +426,7 @@ def shipped(backend: str) -> list[tuple]:
         operands = ("a", "b", "c", "out", "u", "v", "scale", "sums")
         types = {f"{operand}_ptr": acc for operand in operands}
         types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
+        absent = {"rough_ptr": None} if dtype == torch.float64 else {}
         for config in {product_config(n, dtype, backend): None for n in (128, 512, 4096)}:
             for form, stored in (
                 ("full", "nnn"),
@@ -437,6 +439,7 @@ def shipped(backend: str) -> list[tuple]:
             ):
                 options = _product_options(config, dtype, form, 2.0, 3.0, -1.0)
                 options |= {f"TRANS_{x}": t == "t" for x, t in zip("ABC", stored, strict=True)}
+                options |= absent
                 row = f"product_{form}_{stored}_{config.block}_{name}"
                 rows.append((row, _product_kernel, types, options))
     return rows

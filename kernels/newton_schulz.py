@@ -135,8 +135,6 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     options = _start_options(q.dtype)
     grid = (n_matrices * triton.cdiv(n * n, options["BLOCK"]),)
     _start_kernel[grid](p, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options)
-    if q.dtype == torch.float64:
-        rough = None
     source, target = q_flat, y
     for turn in range(ROUNDS - 1):
         skip = {"first": first, "turn": turn}
