@@ -70,6 +70,7 @@ def pytest_collection_finish(session):
         preexec_fn=(lambda: os.nice(10)) if hasattr(os, "nice") else None,
     )
     session.config.stash[_compiling] = process, folder
+    torch.set_num_threads(1)  # threads that wait for one another would wait for the compiler
 
 
 def pytest_sessionfinish(session):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -169,3 +169,39 @@ def test_asking_costs_less_than_two_microseconds(write, rows):
                 ask()
             times.append((time.perf_counter() - start) / 20)
         assert min(times) < 2e-6
+
+
+def test_cayley_takes_the_path_and_the_numbers_of_the_table(write, monkeypatch):
+    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+    row = ROW | {"n": 4, "path": "composed", "config": {}}
+    write(row)
+    layer.weight.sum().backward()
+    assert tp.stats(reset=True)["composed"] == 1
+    assert "measured faster" in tp.explain(layer)[0].reason
+    with tp.use_path("closed"):
+        layer.weight
+    assert tp.stats(reset=True) == {"kernel": 0, "closed": 1, "composed": 0}
+    compiled = torch.compile(lambda: layer.weight, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(), layer.weight, atol=1e-6)
+
+    monkeypatch.setattr(tp.registry, "device_declines", lambda x: "")
+    write(row | {"path": "closed"})
+    tp.stats(reset=True)
+    layer.weight
+    assert tp.stats(reset=True)["closed"] == 1
+    assert "the closed form was measured faster at n = 4" in tp.explain(layer)[0].reason
+
+
+def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch):
+    kernels = pytest.importorskip("tritonparam.kernels.cayley")
+    launched = []
+    launch = configs.launch
+    monkeypatch.setattr(configs, "launch", lambda *a: launched.append(launch(*a)) or launched[-1])
+    numbers = {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 2}}
+    write(ROW | {"n": 4, "config": numbers})
+    monkeypatch.setattr(configs, "_device_name", lambda device: "cpu")
+    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+    with tp.use_path("kernel"):
+        layer.to("cuda" if torch.cuda.is_available() else "cpu").weight.sum().backward()
+    assert launched[0] == replace(kernels.fwd_config(4, torch.float32), block_matrices=1)
+    assert launched[1] == replace(kernels.bwd_config(4, torch.float32), num_warps=2)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
+from tritonparam import configs
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
 from tritonparam.numerics import compute_dtype, no_autocast
 from tritonparam.ops import (
@@ -40,6 +41,8 @@ def _skew_cayley_declines(links: Sequence[nn.Module], w: Tensor) -> str:
     d = _signature(links, w)
     if d is None or d.shape != w.shape[:-1] or d.device != w.device:
         return "the map's signature does not fit the original"
+    if configs.fastest("cayley", w, w.size(-1)) == "composed":
+        return "torch's own chain was measured faster at this size on this device"
     return ""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import registry
+from tritonparam import configs, registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inverse_definite
 
@@ -20,6 +20,8 @@ def kernel_declines(w: Tensor) -> str:
     if reason := registry.device_declines(w):
         return reason
     n = w.size(-1)
+    if configs.fastest("cayley", w, n) == "closed":
+        return f"the closed form was measured faster at n = {n} on this device"
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
@@ -57,7 +59,8 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     else:
         kernels = _kernels(w.size(-1))
         with torch.cuda.device_of(w):
-            config = kernels.fwd_config(w.size(-1), w.dtype, registry.backend())
+            choice = ("cayley", "fwd", w, kernels.fwd_config)
+            config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
             q = kernels.cayley_fwd(w, d, config)
     return q, (q, d)
 
@@ -68,7 +71,8 @@ def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tu
         return _closed_bwd(g, saved, dtype)
     kernels = _kernels(q.size(-1))
     with torch.cuda.device_of(q):
-        config = kernels.bwd_config(q.size(-1), q.dtype, registry.backend())
+        choice = ("cayley", "bwd", q, kernels.bwd_config)
+        config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
         return (kernels.cayley_bwd(g, q, d, dtype, config),)
 
 
