@@ -152,23 +152,28 @@ def test_a_number_that_the_kernel_does_not_have(write):
 
 
 @pytest.mark.parametrize("rows", [(), (ROW, CLOSED)])
-def test_asking_costs_less_than_two_microseconds(write, rows):
+def test_asking_costs_little_beside_reading_a_weight(write, rows):
+    def least(call):  # others use this machine too
+        call()
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            for _ in range(20):
+                call()
+            times.append((time.perf_counter() - start) / 20)
+        return min(times)
+
     write(*rows)
     x = torch.zeros(2, 2)
-    questions = (
+    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+    with torch.no_grad():
+        reading = least(lambda: layer.weight)
+    for ask in (
         lambda: configs.lookup("cayley", x, 50),
         lambda: configs.fastest("cayley", x, 50),
         lambda: configs.launch("cayley", "fwd", x, Launch, 50),
-    )
-    for ask in questions:
-        ask()
-        times = []
-        for _ in range(500):  # the least: others use this machine too
-            start = time.perf_counter()
-            for _ in range(20):
-                ask()
-            times.append((time.perf_counter() - start) / 20)
-        assert min(times) < 2e-6
+    ):
+        assert least(ask) < 0.05 * reading
 
 
 def test_cayley_takes_the_path_and_the_numbers_of_the_table(write, monkeypatch):
