@@ -69,7 +69,8 @@ def _poisoned_outputs(monkeypatch):
 @pytest.mark.parametrize("norm", [1e-3, 0.5, 2.1, 9.0, 80.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 29, 32])
 def test_as_exact_as_torch(n, norm, sign):
-    check(original(n, norm, sign), torch.randn(5, n, n), sign)
+    batch = 15 if norm > 9 else 5  # errors of single matrices differ by ten there
+    check(original(n, norm, sign, batch), torch.randn(batch, n, n), sign)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
