@@ -16,13 +16,14 @@ from tritonparam.kernels import (
     expm,
     expm_gemm,
     gemm,
+    mirror,
     newton_schulz,
     spectral_norm,
     weight_norm,
 )
 
 # Every file of kernels.
-MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, spectral_norm, weight_norm)
+MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

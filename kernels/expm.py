@@ -234,8 +234,11 @@ class Config:
     num_warps: int
 
 
-def config(n: int, backend: str = "cuda") -> Config:
-    """The default for n x n matrices; `tl.dot` starts at 16, and hip does not compile tf32x3."""
+def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
+    """The default for n x n matrices, which are computed in fp32, the only `dtype`.
+
+    `tl.dot` starts at 16, and hip does not compile tf32x3.
+    """
     precision = "ieee" if backend == "hip" else "tf32x3"
     return Config(16, precision, 1) if n <= 16 else Config(32, precision, 2)
 
@@ -285,7 +288,7 @@ def shipped(backend: str) -> list[tuple]:
     rows: list[tuple] = []
     for n in (16, 32):
         for kind, sign in (("skew", -1), ("symmetric", 1)):
-            options = _options(config(n, backend), sign)
+            options = _options(config(n, torch.float32, backend), sign)
             types = {"w_ptr": "*fp32", "y_ptr": "*fp32"}
             rows.append((f"{kind}_exp_fwd_{n}_fp32", _expm_fwd_kernel, types, options))
             types = {"w_ptr": "*fp32", "g_ptr": "*fp32", "dw_ptr": "*fp32"}

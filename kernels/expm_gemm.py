@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from tritonparam.kernels.expm import EVEN_ODD, THETA
-from tritonparam.kernels.gemm import Config, n_tiles, product, product_config, skew, symmetric
+from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
+from tritonparam.kernels.mirror import skew, symmetric
 from tritonparam.kernels.tile import exponent, power_of_two
 
 # Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
@@ -186,18 +187,21 @@ def expm_bwd(
         m = product(z.mT, m, config)
     else:
         m = product(z, m, config, alpha=0.5, scale=_growth(schedule, 0, sign), form="sum")
+    z = _polynomial(saved, sign, config, half=False)  # Z_h: more exact than the square of Z_(h/2)
     zs, ms, x = [z, z.clone()], [m, m.clone()], torch.empty_like(m)
     for turn in range(ROUNDS):
-        growth = _growth(schedule, ROUNDS - turn, sign)
         active = {"first": first, "turn": turn}
         z, z_out = zs[turn % 2], zs[(turn + 1) % 2]
         m, m_out = ms[turn % 2], ms[(turn + 1) % 2]
-        product(z, z, config, out=z_out, scale=growth, form=form, **active)  # Z_h in the first
         if sign == -1:
-            product(m, z_out.mT, config, out=x, **active)
-            product(z_out.mT, m, config, out=m_out, c=x, **active)
+            product(m, z.mT, config, out=x, **active)
+            product(z.mT, m, config, out=m_out, c=x, **active)
         else:
-            product(m, z_out, config, out=m_out, scale=growth, form="sum", **active)
+            growth = _growth(schedule, ROUNDS - turn, sign)
+            product(m, z, config, out=m_out, scale=growth, form="sum", **active)
+        if turn < ROUNDS - 1:
+            growth = _growth(schedule, ROUNDS - 1 - turn, sign)
+            product(z, z, config, out=z_out, scale=growth, form=form, **active)
     m = ms[ROUNDS % 2]
     t = m - m.mT if sign == -1 else m
     p = t

@@ -1,4 +1,4 @@
-"""Tiled products of batches of matrices with fused epilogues, and what builds their operands."""
+"""Tiled products of batches of matrices with fused epilogues."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE
 
 FORMS = ("full", "symmetric", "skew", "sum", "difference", "symmetric_gradient", "skew_gradient")
 
@@ -60,7 +60,7 @@ def _tile_sum(
 
 
 @triton.jit
-def _triangle(index):
+def triangle(index):
     """The tile pair (i, j), i <= j, of an index into the triangle, column after column."""
     # Exact up to 2000 tiles in a row: below 2^24 the square root of 8 index + 1 rounds right.
     j = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
@@ -127,7 +127,7 @@ def _product_kernel(
         i = group * GROUP + within % height
         j = within // height
     else:
-        i, j = _triangle(index)
+        i, j = triangle(index)
     a_ptr += matrix * a_stride_matrix
     b_ptr += matrix * b_stride_matrix
     HALVES: tl.constexpr = 1 if FORM == "full" or FORM == "symmetric" or FORM == "skew" else 2
@@ -198,48 +198,6 @@ def _product_kernel(
         tl.store(sums_ptr + 1, squares)
 
 
-@triton.jit
-def _mirror_kernel(
-    w_ptr,
-    x_ptr,
-    n_cols,
-    w_stride,
-    w_stride_row,
-    w_stride_col,
-    DIAGONAL: tl.constexpr,
-    SIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """x = triu(w, 1) + SIGN triu(w, 1)^T + diag(w), or with the number DIAGONAL for diag(w).
-
-    One program for each pair of tiles (i, j), (j, i).
-    """
-    n_row_tiles = tl.cdiv(n_cols, BLOCK)
-    n_tiles = n_row_tiles * (n_row_tiles + 1) // 2
-    matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
-    i, j = _triangle(tl.program_id(0) % n_tiles)
-    row = i * BLOCK + tl.arange(0, BLOCK)[:, None]
-    col = j * BLOCK + tl.arange(0, BLOCK)[None, :]
-    w_ptr += matrix * w_stride
-    x_ptr += matrix * n_cols * n_cols
-    offset = row.to(tl.int64) * w_stride_row + col.to(tl.int64) * w_stride_col
-    x = tl.load(w_ptr + offset, mask=(row < col) & (col < n_cols), other=0.0).to(ACC)
-    mirror = tl.trans(x) * SIGN
-    if i == j:
-        x += mirror
-        if DIAGONAL is None:
-            inside = (row == col) & (col < n_cols)
-            x = tl.where(row == col, tl.load(w_ptr + offset, mask=inside, other=0.0).to(ACC), x)
-        else:
-            x = tl.where(row == col, DIAGONAL, x)
-    tl.store(x_ptr + (row * n_cols + col), x, mask=(row < n_cols) & (col < n_cols))
-    if i < j:
-        row = j * BLOCK + tl.arange(0, BLOCK)[:, None]
-        col = i * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(x_ptr + (row * n_cols + col), mirror, mask=(row < n_cols) & (col < n_cols))
-
-
 @dataclass(frozen=True)
 class Config:
     """Launch numbers of a product: tiles of block x block, sums in slices of block_k."""
@@ -305,8 +263,8 @@ def product(
         form: "full" is Z. For m = n, "symmetric" and "skew" compute its upper triangle and write
             the other as a mirror image. "sum" and "difference" are Z + Z^T and Z - Z^T.
             "symmetric_gradient", triu(Z + Z^T) with the diagonal of Z, and "skew_gradient",
-            triu(Z - Z^T, 1), are the gradients of `symmetric` and `skew` where Z is that of what
-            they return.
+            triu(Z - Z^T, 1), are the gradients of `mirror.symmetric` and `mirror.skew`
+            where Z is that of what they return.
         first, turn: int32 [matrices]; a matrix is left alone while turn < first.
         rough: int32 [matrices]; where it is not zero, products of fp32 are plain TF32.
         sums: [matrices, n_tiles(n, config, form), 2], of out's dtype; receives the trace and the
@@ -356,29 +314,6 @@ def product(
     return out
 
 
-def skew(w: torch.Tensor, config: Config, diagonal: float = 0.0) -> torch.Tensor:
-    """triu(w, 1) - triu(w, 1)^T + diagonal I of [matrices, n, n], contiguous, of any strides.
-
-    In the compute dtype `torch.promote_types(w.dtype, torch.float32)`.
-    """
-    return _mirror(w, config, -1.0, diagonal)
-
-
-def symmetric(w: torch.Tensor, config: Config) -> torch.Tensor:
-    """triu(w) + triu(w, 1)^T of [matrices, n, n], as `skew`."""
-    return _mirror(w, config, 1.0, None)
-
-
-def _mirror(w: torch.Tensor, config: Config, sign: float, diagonal: float | None) -> torch.Tensor:
-    x = torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
-    if x.numel() == 0:
-        return x
-    options = _mirror_options(config, x.dtype, sign, diagonal)
-    grid = (w.size(0) * n_tiles(w.size(1), config, "skew"),)
-    _mirror_kernel[grid](w, x, w.size(1), *w.stride(), **options)
-    return x
-
-
 def _by_rows_or_columns(x: torch.Tensor) -> tuple[torch.Tensor, int, bool]:
     """x, the stride between its rows or columns, and whether it is stored by columns."""
     if x.stride(2) == 1 and x.stride(1) < _MAX_STRIDE:
@@ -394,17 +329,11 @@ def _product_options(
     options: dict = {"ALPHA": alpha, "BETA": beta, "GAMMA": gamma, "FORM": form}
     options |= {"BLOCK": config.block, "BLOCK_K": config.block_k, "GROUP": config.group}
     options |= {"PRECISION": config.precision, "ACC": TRITON_DTYPE[dtype]}
-    return options | _launch_options(config)
+    return options | launch_options(config)
 
 
-def _mirror_options(
-    config: Config, dtype: torch.dtype, sign: float, diagonal: float | None
-) -> dict:
-    options: dict = {"DIAGONAL": diagonal, "SIGN": sign, "BLOCK": config.block}
-    return options | {"ACC": TRITON_DTYPE[dtype]} | _launch_options(config)
-
-
-def _launch_options(config: Config) -> dict:
+def launch_options(config: Config) -> dict:
+    """The options of a launch that are no constants of the kernel."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options | {"enable_fp_fusion": True}
 
@@ -419,16 +348,9 @@ def shipped(backend: str) -> list[tuple]:
     is part of it.
     """
     rows: list[tuple] = []
-    for dtype, name in NAME.items():
-        acc = "*fp64" if dtype == torch.float64 else "*fp32"
-        compute = compute_dtype(dtype)
-        config = product_config(64, dtype, backend)
-        types = {"w_ptr": f"*{name}", "x_ptr": acc}
-        for kind, sign, diagonal in (("skew", -1.0, 1.0), ("symmetric", 1.0, None)):
-            options = _mirror_options(config, compute, sign, diagonal)
-            rows.append((f"{kind}_{name}", _mirror_kernel, types, options))
-        if dtype != compute:
-            continue
+    for dtype in (torch.float32, torch.float64):
+        name = NAME[dtype]
+        acc = f"*{name}"
         operands = ("a", "b", "c", "out", "u", "v", "scale", "sums")
         types = {f"{operand}_ptr": acc for operand in operands}
         types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.gemm import Config, n_tiles, product, product_config, skew
+from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
+from tritonparam.kernels.mirror import skew
 
 # Enough for norms of X up to 3500, less what `_start_kernel` loses by its bound, at most a factor
 # of (n / 2)^(1/4) and half of that for normal entries. Even, so that the result is in q.

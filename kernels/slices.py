@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, compute_dtype
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype
 
 # Triton specializes on the integers in a tuple, whatever do_not_specialize says: a 1, and any
 # multiple of 16. As multiples of 16 they are all alike, and a model's sizes compile nothing new.
@@ -62,18 +62,36 @@ def locate(sizes, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def offsets(row, col, n_rows, n_cols, after, LAYOUT: tl.constexpr):
-    """Where x[p, row, q] with col = p * after + q lies in a contiguous [before, n_rows, after].
+def share(sizes, LAYOUT: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """What a program takes of its tensor, where one block of rows goes to n_parts programs.
+
+    The tensor, the block of rows, the part of the columns, the rows, and what `locate` returns
+    after the place.
+    """
+    which, place, n_rows, n_cols, after, span, scratch, count = locate(sizes, LAYOUT, UNIT)
+    n_parts = (n_cols + span - 1) // span
+    block = place // n_parts
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    part = place % n_parts
+    return which, block, part, row, n_rows, n_cols, after, span, scratch, count
+
+
+@triton.jit
+def tile(row, col, n_rows, n_cols, after, LAYOUT: tl.constexpr):
+    """Offsets of x[p, row, q], col = p * after + q, in a contiguous [before, n_rows, after], and
+    the mask: [rows, cols] for row and col in one dimension each.
 
     The layout is "rows" where before is 1, "columns" where after is 1, otherwise "mixed".
     """
+    row = row[:, None]
+    col = col[None, :]
     if LAYOUT == "rows":
         offset = row.to(tl.int64) * n_cols + col
     elif LAYOUT == "columns":
         offset = col.to(tl.int64) * n_rows + row
     else:
         offset = (col // after).to(tl.int64) * (n_rows * after) + (row * after + col % after)
-    return offset
+    return offset, (row < n_rows) & (col < n_cols)
 
 
 @triton.jit
@@ -130,18 +148,15 @@ def _dots_kernel(
     ACC: tl.constexpr,
 ):
     """sums[part, row] = sum of x y over the part's columns."""
-    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
-    n_parts = (n_cols + span - 1) // span
-    part = place % n_parts
-    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, _, part, row, n_rows, n_cols, after, span, scratch, _ = share(
+        sizes, LAYOUT, UNIT, BLOCK_ROWS
+    )
     x_ptr, y_ptr = pick((x_ptrs, y_ptrs), which)
-    r = row[:, None]
     last = tl.minimum((part + 1) * span, n_cols)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
     for col0 in range(part * span, last, BLOCK_COLS):
-        c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
-        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-        mask = (r < n_rows) & (c < n_cols)
+        col = col0 + tl.arange(0, BLOCK_COLS)
+        offset, mask = tile(row, col, n_rows, n_cols, after, LAYOUT)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(ACC)
         y = tl.load(y_ptr + offset, mask=mask, other=0.0).to(ACC)
         acc += x * y
@@ -328,9 +343,6 @@ def dots(
     """Partial sums of x y along the rows: sums[m.scratch:] is [parts(m), m.n_rows]."""
     options = {"ACC": TRITON_DTYPE[sums.dtype]}
     launch(_dots_kernel, members, (xs, ys), (sums,), config, **options)
-
-
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def shipped_row(

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import compute_dtype
+from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
 from tritonparam.kernels.slices import (
-    TRITON_DTYPE,
     Blocks,
     Config,
     Member,
@@ -27,15 +26,16 @@ from tritonparam.kernels.slices import (
     launch,
     locate,
     member,
-    offsets,
     parts,
     pick,
     quotient,
+    share,
     shipped_row,
     shipped_shapes,
     square_root,
     sum_all,
     sum_parts,
+    tile,
 )
 
 _BLOCK_Q = 64  # columns of W^T t for one program of the second kernel
@@ -96,16 +96,14 @@ def _power_kernel(
     cols = tl.arange(0, BLOCK_COLS)
     acc = tl.zeros([BLOCK_ROWS], ACC)
     if WHOLE:
-        c = cols[None, :]
-        v = tl.load((v_ptr if FIRST else q_ptr) + c, mask=c < n_cols, other=0.0).to(ACC)
+        v = tl.load((v_ptr if FIRST else q_ptr) + cols, mask=cols < n_cols, other=0.0).to(ACC)
         if not FIRST:
             v = quotient(v, norm)
+        v = v[None, :]
         q = tl.zeros([BLOCK_COLS], ACC)
         for row1 in range(row0, tl.minimum(row0 + span, n_rows), BLOCK_ROWS):
             row = row1 + rows
-            r = row[:, None]
-            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-            mask = (r < n_rows) & (c < n_cols)
+            offset, mask = tile(row, cols, n_rows, n_cols, after, LAYOUT)
             w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
             t = tl.sum(w * v, axis=1)
             if TRAINING:
@@ -118,22 +116,18 @@ def _power_kernel(
             tl.store(parts_ptr + cols, q, mask=cols < n_cols)
     else:
         row = row0 + rows
-        r = row[:, None]
         products = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
         for col0 in range(0, n_cols, BLOCK_COLS):
-            c = col0 + cols[None, :]
+            c = col0 + cols
             v = tl.load((v_ptr if FIRST else q_ptr) + c, mask=c < n_cols, other=0.0).to(ACC)
-            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-            mask = (r < n_rows) & (c < n_cols)
-            products += tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC) * v
+            offset, mask = tile(row, c, n_rows, n_cols, after, LAYOUT)
+            products += tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC) * v[None, :]
         t = quotient(tl.sum(products, axis=1), norm)
         if TRAINING:
             tl.store(t_ptr + row, t, mask=row < n_rows)
             acc = t * t
             for col0 in range(0, n_cols, BLOCK_COLS):
-                c = col0 + cols[None, :]
-                offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-                mask = (r < n_rows) & (c < n_cols)
+                offset, mask = tile(row, col0 + cols, n_rows, n_cols, after, LAYOUT)
                 w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)
                 q = tl.sum(w * t[:, None], axis=0)
                 tl.store(parts_ptr + col0 + cols, q, mask=col0 + cols < n_cols)
@@ -189,11 +183,9 @@ def _spectral_norm_fwd_kernel(
     sigma = u^T W v, which is q^T v after an iteration, as torch's _SpectralNorm. The copies are
     at 0, at n_rows and at n_rows + n_cols of `saved`, each rounded up to a multiple of 16.
     """
-    which, place, n_rows, n_cols, after, span, scratch, n_sums = locate(sizes, LAYOUT, UNIT)
-    n_parts = (n_cols + span - 1) // span
-    part = place % n_parts
-    block = place // n_parts
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, block, part, row, n_rows, n_cols, after, span, scratch, n_sums = share(
+        sizes, LAYOUT, UNIT, BLOCK_ROWS
+    )
     w_ptr, u_ptr, v_ptr = pick((w_ptrs, u_ptrs, v_ptrs), which)
     y_ptr, saved_ptr = pick((y_ptrs, saved_ptrs), which)
     t_ptr, q_ptr, q_parts_ptr, t_parts_ptr, _ = _scratch(
@@ -207,7 +199,7 @@ def _spectral_norm_fwd_kernel(
         sigma = quotient(square, v_norm)
     else:
         sigma = sum_all(t_parts_ptr, n_sums, 64)
-    if place == 0:
+    if (block == 0) & (part == 0):
         tl.store(v_copy_ptr + (n_cols + 15) // 16 * 16, sigma)
     if part == 0:
         if TRAINING:
@@ -218,7 +210,6 @@ def _spectral_norm_fwd_kernel(
             u = tl.load(u_ptr + row, mask=row < n_rows, other=0.0).to(ACC)
         tl.store(saved_ptr + row, u, mask=row < n_rows)
     divisor = tl.where(sigma == 0.0, 1.0, sigma)
-    r = row[:, None]
     for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
         col = col0 + tl.arange(0, BLOCK_COLS)
         if block == 0:
@@ -228,9 +219,7 @@ def _spectral_norm_fwd_kernel(
             else:
                 v = tl.load(v_ptr + col, mask=col < n_cols, other=0.0).to(ACC)
             tl.store(v_copy_ptr + col, v, mask=col < n_cols)
-        c = col[None, :]
-        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-        mask = (r < n_rows) & (c < n_cols)
+        offset, mask = tile(row, col, n_rows, n_cols, after, LAYOUT)
         w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
         y = quotient(w, tl.where(w == 0.0, divisor, sigma))
         tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -252,10 +241,9 @@ def _spectral_norm_bwd_kernel(
     ACC: tl.constexpr,
 ):
     """dW = (G - (<G, W>/sigma) u v^T)/sigma, 0 where sigma is 0, from the partial sums of G W."""
-    which, place, n_rows, n_cols, after, span, scratch, n_sums = locate(sizes, LAYOUT, UNIT)
-    n_parts = (n_cols + span - 1) // span
-    part = place % n_parts
-    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    which, _, part, row, n_rows, n_cols, after, span, scratch, n_sums = share(
+        sizes, LAYOUT, UNIT, BLOCK_ROWS
+    )
     g_ptr, u_ptr, v_ptr = pick((g_ptrs, u_ptrs, v_ptrs), which)
     sigma_ptr, dw_ptr = pick((sigma_ptrs, dw_ptrs), which)
     sigma = tl.load(sigma_ptr)
@@ -263,12 +251,10 @@ def _spectral_norm_bwd_kernel(
     scale = quotient(tl.full([], 1.0, ACC), sigma)
     slope = quotient(sum_all(sums_ptr + scratch, n_sums, 64), sigma) * scale
     u = (tl.load(u_ptr + row, mask=row < n_rows, other=0.0) * slope)[:, None]
-    r = row[:, None]
     for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
-        c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
-        v = tl.load(v_ptr + c, mask=c < n_cols, other=0.0)
-        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-        mask = (r < n_rows) & (c < n_cols)
+        col = col0 + tl.arange(0, BLOCK_COLS)
+        v = tl.load(v_ptr + col, mask=col < n_cols, other=0.0)[None, :]
+        offset, mask = tile(row, col, n_rows, n_cols, after, LAYOUT)
         g = tl.load(g_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
         dw = g * scale - u * v
         tl.store(dw_ptr + offset, dw.to(dw_ptr.dtype.element_ty), mask=mask)

@@ -8,25 +8,24 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import compute_dtype
+from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
 from tritonparam.kernels.slices import (
-    TRITON_DTYPE,
     Config,
     blocks,
     default_config,
     dots,
     dots_row,
     launch,
-    locate,
     member,
-    offsets,
     parts,
     pick,
     quotient,
+    share,
     shipped_row,
     shipped_shapes,
     square_root,
     sum_parts,
+    tile,
 )
 
 
@@ -49,17 +48,14 @@ def _weight_norm_fwd_kernel(
 
     Rows that are not whole in a tile come with the partial sums of v v.
     """
-    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    which, _, part, row, n_rows, n_cols, after, span, scratch, _ = share(
+        sizes, LAYOUT, UNIT, BLOCK_ROWS
+    )
     n_parts = (n_cols + span - 1) // span
-    part = place % n_parts
-    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     g_ptr, v_ptr, w_ptr, norm_ptr = pick((g_ptrs, v_ptrs, w_ptrs, norm_ptrs), which)
-    r = row[:, None]
     if WHOLE:
-        c = tl.arange(0, BLOCK_COLS)[None, :]
-        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-        mask = (r < n_rows) & (c < n_cols)
+        offset, mask = tile(row, tl.arange(0, BLOCK_COLS), n_rows, n_cols, after, LAYOUT)
         v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
         square = tl.sum(v * v, axis=1)
     else:
@@ -73,9 +69,8 @@ def _weight_norm_fwd_kernel(
         tl.store(w_ptr + offset, (v * scale).to(w_ptr.dtype.element_ty), mask=mask)
     else:
         for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
-            c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
-            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-            mask = (r < n_rows) & (c < n_cols)
+            col = col0 + tl.arange(0, BLOCK_COLS)
+            offset, mask = tile(row, col, n_rows, n_cols, after, LAYOUT)
             v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)
             tl.store(w_ptr + offset, (v * scale).to(w_ptr.dtype.element_ty), mask=mask)
 
@@ -101,18 +96,15 @@ def _weight_norm_bwd_kernel(
 
     Rows that are not whole in a tile come with the partial sums of dw v.
     """
-    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
+    which, _, part, row, n_rows, n_cols, after, span, scratch, _ = share(
+        sizes, LAYOUT, UNIT, BLOCK_ROWS
+    )
     n_parts = (n_cols + span - 1) // span
-    part = place % n_parts
-    row = place // n_parts * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < n_rows
     dw_ptr, g_ptr, v_ptr = pick((dw_ptrs, g_ptrs, v_ptrs), which)
     norm_ptr, dg_ptr, dv_ptr = pick((norm_ptrs, dg_ptrs, dv_ptrs), which)
-    r = row[:, None]
     if WHOLE:
-        c = tl.arange(0, BLOCK_COLS)[None, :]
-        offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-        mask = (r < n_rows) & (c < n_cols)
+        offset, mask = tile(row, tl.arange(0, BLOCK_COLS), n_rows, n_cols, after, LAYOUT)
         v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
         dw = tl.load(dw_ptr + offset, mask=mask, other=0.0).to(ACC)
         dot = tl.sum(dw * v, axis=1)
@@ -131,9 +123,8 @@ def _weight_norm_bwd_kernel(
         tl.store(dv_ptr + offset, dv.to(dv_ptr.dtype.element_ty), mask=mask)
     else:
         for col0 in range(part * span, tl.minimum((part + 1) * span, n_cols), BLOCK_COLS):
-            c = col0 + tl.arange(0, BLOCK_COLS)[None, :]
-            offset = offsets(r, c, n_rows, n_cols, after, LAYOUT)
-            mask = (r < n_rows) & (c < n_cols)
+            col = col0 + tl.arange(0, BLOCK_COLS)
+            offset, mask = tile(row, col, n_rows, n_cols, after, LAYOUT)
             v = tl.load(v_ptr + offset, mask=mask, other=0.0).to(ACC)
             dw = tl.load(dw_ptr + offset, mask=mask, other=0.0).to(ACC)
             dv = dw * scale - v * slope

@@ -7,15 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tritonparam.kernels.gemm import (
-    FORMS,
-    Config,
-    n_tiles,
-    product,
-    product_config,
-    skew,
-    symmetric,
-)
+from tritonparam.kernels.gemm import FORMS, Config, n_tiles, product, product_config
+from tritonparam.kernels.mirror import skew, symmetric
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = {

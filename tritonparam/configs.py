@@ -26,8 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tritonparam import registry
-
+PATHS = ("kernel", "closed", "composed")
 FORMAT = 1
 FILE = Path(__file__).with_name("tuned_configs.json")
 
@@ -55,14 +54,8 @@ def lookup(chain: str, x: Tensor, n: int) -> Choice | None:
 
 
 def fastest(chain: str, x: Tensor, n: int) -> str:
-    """The path that is measured fastest, or the empty string where none is.
-
-    It is empty as well where ``use_path`` asks for a path, and in a graph that is compiled, since
-    the table is measured in eager mode.
-    """
-    if registry.override() is not None or torch.compiler.is_compiling():
-        return ""
-    choice = _lookup(x.device, x.dtype, chain, n)
+    """The path that is measured fastest, or the empty string where none is."""
+    choice = _lookup(x.device, x.dtype, chain, n) if _table() else None
     return choice.path if choice else ""
 
 
@@ -162,7 +155,7 @@ def _parse_row(row: Any) -> tuple[Key, Choice]:
         if type(row[name]) is not kind:
             raise ValueError(f"{name} must be a JSON {kind.__name__}, got {row}")
     dtype = {"float32": torch.float32, "float64": torch.float64}.get(row["dtype"])
-    if dtype is None or row["path"] not in registry.PATHS or row["n"] < 1:
+    if dtype is None or row["path"] not in PATHS or row["n"] < 1:
         raise ValueError(f"no such compute dtype, path or size: {row}")
     phases = row["config"].items()
     if any(phase not in ("fwd", "bwd") or type(numbers) is not dict for phase, numbers in phases):

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-PATHS = ("kernel", "closed", "composed")
+from tritonparam import configs
+from tritonparam.configs import PATHS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 NO_RULE = "no rule for this chain"
@@ -47,6 +49,8 @@ class Rule:
             are left composed, or the empty string.
         kernel_declines: called as ``kernel_declines(links, *tensors)``; returns the sentence why
             the op takes its closed form, or the empty string where its Triton kernel runs.
+        size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
+            table of measured paths is asked.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Rule:
     op: Callable[..., Tensor]
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
+    size: Callable[..., int] = lambda *xs: xs[0].size(-1)
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -76,6 +81,8 @@ def lookup(
         if rule.chain == kinds[:n]:
             declined = _links_decline(links[:n]) or _tensors_decline(xs)
             declined = declined or rule.declines(links[:n], *xs)
+            if not declined and measured(rule.name, xs[-1], rule.size(*xs)) == "composed":
+                declined = "torch's own chain was measured faster at this size on this device"
             if not declined:
                 return rule, ""
             reason = reason or declined
@@ -144,6 +151,26 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    return ""
+
+
+def measured(chain: str, x: Tensor, n: int) -> str:
+    """The path that ``tuned_configs.json`` says is fastest, or the empty string.
+
+    It is empty as well where ``use_path`` asks for a path, and in a graph that is being compiled,
+    since the table is measured in eager mode.
+    """
+    if _override is not None or torch.compiler.is_compiling():
+        return ""
+    return configs.fastest(chain, x, n)
+
+
+def kernel_declines(chain: str, x: Tensor, n: int) -> str:
+    """Why no Triton kernel of a chain runs on x, whatever its shape, or the empty string."""
+    if declined := device_declines(x):
+        return declined
+    if measured(chain, x, n) == "closed":
+        return "the closed form was measured faster at this size on this device"
     return ""
 
 

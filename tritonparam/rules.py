@@ -8,7 +8,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
-from tritonparam import configs
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
 from tritonparam.numerics import compute_dtype, no_autocast
 from tritonparam.ops import (
@@ -41,8 +40,6 @@ def _skew_cayley_declines(links: Sequence[nn.Module], w: Tensor) -> str:
     d = _signature(links, w)
     if d is None or d.shape != w.shape[:-1] or d.device != w.device:
         return "the map's signature does not fit the original"
-    if configs.fastest("cayley", w, w.size(-1)) == "composed":
-        return "torch's own chain was measured faster at this size on this device"
     return ""
 
 
@@ -99,7 +96,7 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
 
 def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     if cast(Any, links[0]).orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
-        return expm.kernel_declines(x)
+        return expm.kernel_declines(x, "skew")
     return no_kernel(x)
 
 
@@ -135,14 +132,14 @@ RULES = (
         chain=(Skew, MatrixExponential),
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
-        kernel_declines=lambda links, w: expm.kernel_declines(w),
+        kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
     ),
     Rule(
         name="symmetric_exp",
         chain=(Symmetric, MatrixExponential),
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
-        kernel_declines=lambda links, w: expm.kernel_declines(w),
+        kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
     ),
     Rule(
         name="matrix_exp",
@@ -163,7 +160,8 @@ RULES = (
         chain=(_SpectralNorm,),
         op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
         declines=_spectral_norm_declines,
-        kernel_declines=lambda links, w: spectral_norm.kernel_declines(w),
+        kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
+        size=Tensor.numel,
     ),
     Rule(
         name="weight_norm",
@@ -171,5 +169,6 @@ RULES = (
         op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
+        size=lambda g, v: v.numel(),
     ),
 )

@@ -17,11 +17,9 @@ _KERNEL_MAX_N = 4096
 
 def kernel_declines(w: Tensor) -> str:
     """Why the Triton kernel cannot take w, or the empty string."""
-    if reason := registry.device_declines(w):
-        return reason
     n = w.size(-1)
-    if configs.fastest("cayley", w, n) == "closed":
-        return f"the closed form was measured faster at n = {n} on this device"
+    if reason := registry.kernel_declines("cayley", w, n):
+        return reason
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 

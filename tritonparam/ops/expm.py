@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import registry
+from tritonparam import configs, registry
 from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
@@ -18,22 +18,24 @@ _KERNEL_MAX_N = 4096
 _SIGN = {"skew": -1, "symmetric": 1}
 
 
-def kernel_declines(w: Tensor) -> str:
-    """Why the Triton kernels cannot take w of a skew or symmetric map, or the empty string."""
-    if reason := registry.device_declines(w):
-        return reason
+def kernel_declines(w: Tensor, kind: Kind) -> str:
+    """Why the Triton kernels cannot take w, or the empty string."""
+    if kind == "general":
+        return registry.no_kernel(w)
     n = w.size(-1)
+    if reason := registry.kernel_declines(f"{kind}_exp", w, n):
+        return reason
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
-def _kernels(w: Tensor) -> tuple[Any, Any]:
-    """The file of kernels that takes w, and its configuration."""
+def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
+    """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
     n = w.size(-1)
-    if n <= _TILE_MAX_N and w.dtype != torch.float64:
-        kernels = registry.kernels("expm")
-        return kernels, kernels.config(n, registry.backend())
-    kernels = registry.kernels("expm_gemm")
-    return kernels, kernels.config(n, compute_dtype(w.dtype), registry.backend())
+    one_tile = n <= _TILE_MAX_N and w.dtype != torch.float64
+    kernels = registry.kernels("expm" if one_tile else "expm_gemm")
+    choice = (f"{kind}_exp", phase, w, kernels.config)
+    config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
+    return kernels, _SIGN[kind], config
 
 
 def _argument(w: Tensor, kind: Kind) -> Tensor:
@@ -45,27 +47,23 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
     return x.triu() + x.triu(1).mT if kind == "symmetric" else x
 
 
-def _path(w: Tensor, kind: Kind) -> str:
-    return registry.path(registry.no_kernel(w) if kind == "general" else kernel_declines(w))
-
-
 def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
-    path = _path(w, kind)
+    path = registry.path(kernel_declines(w, kind))
     registry.count(path)
     if path == "closed":
         return _value(w, kind)
-    kernels, config = _kernels(w)
+    kernels, sign, config = _kernels(w, kind, "fwd")
     with torch.cuda.device_of(w):
-        y, saved = kernels.expm_fwd(w, _SIGN[kind], config)
+        y, saved = kernels.expm_fwd(w, sign, config)
     return y, (w, *saved)
 
 
 def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
-    if _path(w, kind) == "closed":
+    if registry.path(kernel_declines(w, kind)) == "closed":
         return _value(w, kind)[1]
-    kernels, config = _kernels(w)
+    kernels, sign, config = _kernels(w, kind, "fwd")
     with torch.cuda.device_of(w):
-        return (w, *kernels.prepare(w, _SIGN[kind], config))
+        return (w, *kernels.prepare(w, sign, config))
 
 
 def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
@@ -78,9 +76,9 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[
     assert w is not None
     # Kernels keep nothing, or first an int32: the closed form's first is a floating-point scale.
     if w.numel() and (not rest or (rest[0] is not None and rest[0].dtype == torch.int32)):
-        kernels, config = _kernels(w)
+        kernels, sign, config = _kernels(w, kind, "bwd")
         with torch.cuda.device_of(w):
-            return (kernels.expm_bwd(g, w, tuple(rest), _SIGN[kind], config),)
+            return (kernels.expm_bwd(g, w, tuple(rest), sign, config),)
     h = adjoint(as_batch(g), saved[1:], kind)
     if kind == "skew":
         h = (h - h.mT).triu(1)

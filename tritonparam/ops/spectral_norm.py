@@ -14,9 +14,17 @@ from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype, no_autocast
 
 
-def kernel_declines(w: Tensor, *vectors: Tensor) -> str:
-    """Why the Triton kernel cannot take w and the buffers u and v, or the empty string."""
-    if reason := registry.device_declines(w):
+def kernel_declines(link: Any, w: Tensor) -> str:
+    """Why the Triton kernel cannot take w and the link's buffers, or the empty string."""
+    return _declines(w, *_buffers(link, w))
+
+
+def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
+    return () if w.dim() == 1 else (link._u, link._v)
+
+
+def _declines(w: Tensor, *vectors: Tensor) -> str:
+    if reason := registry.kernel_declines("spectral_norm", w, w.numel()):
         return reason
     if w.dim() < 2:
         return "the original is a vector"
@@ -63,7 +71,7 @@ def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
     # dW = (G - (<G, W>/σ) u vᵀ)/σ
     w, u, v, sigma = saved
-    if registry.path(kernel_declines(w, u, v)) == "kernel":
+    if registry.path(_declines(w, u, v)) == "kernel":
         kernels = registry.kernels("spectral_norm")
         with torch.cuda.device_of(w):
             config = kernels.default_config(w.dtype)
@@ -173,8 +181,8 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     >>> spectral_norm(link.eval(), 3 * torch.eye(2)).norm()
     tensor(1.4142)
     """
-    vectors = () if w.dim() == 1 else (link._u, link._v)
-    path = registry.path(kernel_declines(w, *vectors))
+    vectors = _buffers(link, w)
+    path = registry.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
         steps = link.n_power_iterations if link.training else 0
         return _iterate_and_divide(w, *vectors, link.dim, steps, link.eps)

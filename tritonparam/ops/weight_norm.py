@@ -19,7 +19,8 @@ _torch_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 def kernel_declines(g: Tensor, v: Tensor) -> str:
     """Why the Triton kernel cannot take the pair, or the empty string."""
-    return registry.device_declines(v) or ("" if v.numel() else "the original is empty")
+    declined = registry.kernel_declines("weight_norm", v, v.numel())
+    return declined or ("" if v.numel() else "the original is empty")
 
 
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
