@@ -91,15 +91,15 @@ def test_launch_replaces_what_the_row_names(write):
     assert asked == before  # remembered
 
 
-def test_fastest_gives_way_to_use_path_and_to_compilers(write, monkeypatch):
+def test_the_table_gives_way_to_use_path_and_to_compilers(write, monkeypatch):
     write(CLOSED)
     x = torch.zeros(2, 2)
-    assert configs.fastest("skew_exp", x, 64) == "closed"
-    assert configs.fastest("cayley", x, 64) == ""
+    assert tp.registry.measured("skew_exp", x, 64) == "closed"
+    assert tp.registry.measured("cayley", x, 64) == ""
     with tp.use_path("kernel"):
-        assert configs.fastest("skew_exp", x, 64) == ""
+        assert tp.registry.measured("skew_exp", x, 64) == ""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert configs.fastest("skew_exp", x, 64) == ""
+    assert tp.registry.measured("skew_exp", x, 64) == ""
 
 
 MALFORMED = {
@@ -176,9 +176,12 @@ def test_asking_costs_little_beside_reading_a_weight(write, rows):
         assert least(ask) < 0.05 * reading
 
 
-def test_cayley_takes_the_path_and_the_numbers_of_the_table(write, monkeypatch):
-    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
-    row = ROW | {"n": 4, "path": "composed", "config": {}}
+@pytest.mark.parametrize(
+    ("chain", "link"), [("cayley", tp.CayleyMap), ("skew_exp", tp.MatrixExponential)]
+)
+def test_a_chain_takes_the_path_of_the_table(write, monkeypatch, chain, link):
+    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), link())
+    row = ROW | {"chain": chain, "n": 4, "path": "composed", "config": {}}
     write(row)
     layer.weight.sum().backward()
     assert tp.stats(reset=True)["composed"] == 1

@@ -66,14 +66,14 @@ Step = tuple[Rule | None, tuple[nn.Module, ...], str]
 
 def lookup(
     rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]
-) -> tuple[Rule | None, str]:
-    """The first rule that takes the next links of a chain on these tensors, or None and the reason.
+) -> tuple[Rule | None, int, str]:
+    """How many next links of a chain the first rule takes, or composed evaluation and the reason.
 
     It looks at the tensors and links in hand and remembers nothing, so that a model may be moved,
     hooked or extended after it was fused.
     """
     if _override == "composed":
-        return None, "the path is set to composed"
+        return None, len(links), "the path is set to composed"
     kinds = tuple([_aliases.get(type(link), type(link)) for link in links])
     reason = ""
     for rule in rules:
@@ -82,27 +82,25 @@ def lookup(
             declined = _links_decline(links[:n]) or _tensors_decline(xs)
             declined = declined or rule.declines(links[:n], *xs)
             if not declined and measured(rule.name, xs[-1], rule.size(*xs)) == "composed":
-                declined = "torch's own chain was measured faster at this size on this device"
+                why = "torch's own chain was measured faster at this size on this device"
+                return None, n, why
             if not declined:
-                return rule, ""
+                return rule, n, ""
             reason = reason or declined
-    return None, reason or NO_RULE
+    return None, 1, reason or NO_RULE
 
 
 def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> Tensor:
     """The value of a chain: what rules take, fused; the links between, one after another."""
-    rule, _ = lookup(rules, links, xs)
-    if rule is not None and len(rule.chain) == len(links):
-        return rule.op(links, *xs)
     fused, i = False, 0
     while i < len(links):
-        if rule is None:
-            xs, i = (links[i](*xs),), i + 1
+        rule, n, _ = lookup(rules, links[i:], xs)
+        if rule is not None:
+            xs, fused = (rule.op(links[i : i + n], *xs),), True
         else:
-            n = len(rule.chain)
-            xs, i, fused = (rule.op(links[i : i + n], *xs),), i + n, True
-        if i < len(links):
-            rule, _ = lookup(rules, links[i:], xs)
+            for link in links[i : i + n]:
+                xs = (link(*xs),)
+        i += n
     if not fused and not torch.compiler.is_compiling():
         count("composed")
     return xs[0]
@@ -118,8 +116,7 @@ def plan(
     steps: list[Step] = []
     xs, i = tuple(originals), 0
     while i < len(links):
-        rule, reason = lookup(rules, links[i:], xs)
-        n = 1 if rule is None else len(rule.chain)
+        rule, n, reason = lookup(rules, links[i:], xs)
         steps.append((rule, tuple(links[i : i + n]), reason))
         xs, i = (max(originals, key=Tensor.numel),), i + n
     return steps
@@ -170,7 +167,7 @@ def kernel_declines(chain: str, x: Tensor, n: int) -> str:
     if declined := device_declines(x):
         return declined
     if measured(chain, x, n) == "closed":
-        return "the closed form was measured faster at this size on this device"
+        return f"the closed form was measured faster at n = {n} on this device"
     return ""
 
 
