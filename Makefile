@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(RUN) -m tritonparam demo rnn
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest --quiet
+	$(RUN) -m pytest --quiet --numprocesses auto --dist worksteal
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
