@@ -1,4 +1,4 @@
-"""Writes the README's tables from the result files: ``python -m benchmarks.report [--check]``."""
+"""Writes the README's tables and the plots: ``python -m benchmarks.report [--check]``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.accuracy import summary
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 Row = dict[str, Any]
 
 
-def _results() -> Iterator[tuple[Row, dict[str, list[Row]]]]:
-    """Of every device: the machine, and the rows of its result files by the files' names."""
-    for folder in sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir()):
+def _results() -> Iterator[tuple[Path, Row, dict[str, list[Row]]]]:
+    """Of every device: its folder, the machine, and the rows of its result files by their names."""
+    for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
         found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if found:
             machine = next(iter(found.values()))["machine"]
             commits = dict.fromkeys(str(content["machine"]["commit"]) for content in found.values())
             machine = {**machine, "commit": ", ".join(commits)}
-            yield machine, {name: content["rows"] for name, content in found.items()}
+            yield folder, machine, {name: content["rows"] for name, content in found.items()}
 
 
 def _milliseconds(microseconds: float | None) -> str:
@@ -87,7 +89,7 @@ def _accuracy(rows: list[Row]) -> list[str]:
 def tables() -> str:
     """Per device: median milliseconds of forward and backward and what they gain, and the rest."""
     lines: list[str] = []
-    for machine, by_name in _results():
+    for folder, machine, by_name in _results():
         versions = f"torch {machine['torch']}, triton {machine['triton']}"
         lines += [f"{machine['device']}; {versions}; commit {machine['commit']}.", ""]
         floors = any("floor_us" in row for rows in by_name.values() for row in rows)
@@ -101,6 +103,8 @@ def tables() -> str:
             lines += _embedding(by_name["embedding"])
         if "accuracy" in by_name:
             lines += _accuracy(by_name["accuracy"])
+        for plot in sorted(folder.glob("*.svg")):
+            lines += ["", f"![{plot.stem}: {machine['device']}]({plot.relative_to(ROOT)})"]
         lines.append("")
     return "\n".join(lines)
 
@@ -113,12 +117,14 @@ def written(readme: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the README, or with ``--check`` return 1 if it differs from the results."""
+    """Write the README and the plots, or with ``--check`` return 1 if the README differs."""
     before = README.read_text()
-    after = written(before)
     if arguments == ["--check"]:
-        return int(before != after)
-    README.write_text(after)
+        return int(before != written(before))
+    for folder, machine, by_name in _results():
+        for plot in plots.draw(by_name, machine["device"], folder):
+            print(plot.relative_to(ROOT))
+    README.write_text(written(before))
     return 0
 
 

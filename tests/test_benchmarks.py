@@ -309,3 +309,22 @@ def test_the_cpu_has_no_floors_and_no_graphs(monkeypatch):
         "composed",
         "closed",
     ]
+
+
+def test_plots_show_what_the_rows_hold(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    def row(n, contender, speed, **more):
+        base = {"shape": [n, n], "contender": contender, "phase": "forward+backward"}
+        return base | {"speedup_over_composed": speed, "median_us": 50.0} | more
+
+    kernels = [row(n, "kernel", n / 8, floor_us=5.0) for n in (64, 128, 256)]
+    rows = {"cayley": [*[row(n, "composed", 1.0) for n in (64, 128, 256)], *kernels]}
+    written = plots.draw(rows, "a device", tmp_path)
+    assert [path.name for path in written] == ["speed.svg", "floor.svg"]
+    for path, texts in zip(written, (("20×", "256", "cayley"), ("10 %", "cayley")), strict=True):
+        assert all(f">{text}<" in path.read_text() for text in texts), path
+        assert "a device" in path.read_text()
+        assert path.with_suffix(".png").stat().st_size > 5000
+    assert plots.draw({}, "a device", tmp_path) == []
