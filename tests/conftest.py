@@ -5,6 +5,7 @@ import torch
 # Before anything imports triton: without a GPU the kernels run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITONPARAM_CACHE_DIR"] = ""  # what somebody tuned on this machine is not tested
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a worker for every core
 

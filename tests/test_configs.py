@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import configs
+from tritonparam import configs, tables
 
 ROW = {
     "device": "cpu",  # the name under which tensors on the CPU ask
     "dtype": "float32",
     "chain": "cayley",
     "n": 48,
+    "batch": 1,
     "path": "kernel",
     "config": {"fwd": {"num_warps": 2}},
 }
@@ -36,7 +37,7 @@ def write(tmp_path, monkeypatch):
     def write(*rows, text=None):
         file = tmp_path / "tuned_configs.json"
         file.write_text(json.dumps({"format": 1, "rows": rows}) if text is None else text)
-        monkeypatch.setattr(configs, "FILE", file)
+        monkeypatch.setattr(tables, "SHIPPED", file)
         configs.reload()
 
     yield write
@@ -45,18 +46,25 @@ def write(tmp_path, monkeypatch):
 
 
 def test_the_shipped_table_can_be_read():
-    assert isinstance(configs.parse(configs.FILE.read_text()), dict)
+    assert isinstance(tables.parse(tables.SHIPPED.read_text()), dict)
 
 
 def test_a_row_speaks_for_its_sizes_alone(write):
     write(ROW, CLOSED)
-    x = torch.zeros(3, 48, 48)
     for n in (33, 48, 50, 64):
-        assert configs.lookup("cayley", x, n) == configs.Choice("kernel", ROW["config"])
+        x = torch.zeros(n, n)
+        assert configs.lookup("cayley", x, n) == tables.Choice("kernel", ROW["config"])
     for n in (0, 1, 32, 65, 128):
-        assert configs.lookup("cayley", x, n) is None
+        assert configs.lookup("cayley", torch.zeros(n, n), n) is None
+    x = torch.zeros(64, 64)
     assert configs.lookup("skew_exp", x, 64).path == "closed"
     assert configs.lookup("symmetric_exp", x, 64) is None
+
+
+def test_a_row_speaks_for_its_batches_alone(write):
+    write(ROW | {"batch": 6})
+    for size, found in ((1, False), (4, False), (5, True), (8, True), (9, False)):
+        assert (configs.lookup("cayley", torch.zeros(size, 48, 48), 48) is not None) == found
 
 
 def test_low_precision_asks_for_fp32(write):
@@ -68,7 +76,7 @@ def test_low_precision_asks_for_fp32(write):
 
 def test_another_device_does_not_match(write, monkeypatch):
     write(ROW)
-    monkeypatch.setattr(configs, "_device_name", lambda device: f"another {device.type}")
+    monkeypatch.setattr(configs, "device_name", lambda device: f"another {device.type}")
     assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
     assert configs.lookup("cayley", torch.zeros(2, 2, device="meta"), 48) is None
 
@@ -107,7 +115,7 @@ MALFORMED = {
     "[]": "an object with format 1",
     '{"format": 2, "rows": []}': "an object with format 1",
     '{"format": 1}': "rows must be a list",
-    '{"format": 1, "rows": [3]}': "a row must have device, dtype, chain, n, path, config",
+    '{"format": 1, "rows": [3]}': "a row must have device, dtype, chain, n, batch, path, config",
 }
 MALFORMED |= {
     json.dumps({"format": 1, "rows": rows}): reason
@@ -128,19 +136,19 @@ MALFORMED |= {
 @pytest.mark.parametrize(("text", "reason"), MALFORMED.items())
 def test_a_malformed_table_is_a_warning_and_no_table(write, text, reason):
     with pytest.raises(ValueError, match=reason):
-        configs.parse(text)
+        tables.parse(text)
     write(text=text)
     with pytest.raises(UserWarning, match=r"tuned_configs\.json is not used"):  # ours are errors
         configs.lookup("cayley", torch.zeros(2, 2), 48)
     configs.reload()
-    with pytest.warns(UserWarning, match="default configurations"):
+    with pytest.warns(UserWarning, match="takes the default"):
         assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
     assert configs.lookup("cayley", torch.zeros(2, 2), 8) is None  # warned once
 
 
 def test_a_missing_table_is_a_warning(write):
     write()
-    configs.FILE.unlink()
+    tables.SHIPPED.unlink()
     with pytest.warns(UserWarning, match="is not used"):
         assert configs.lookup("cayley", torch.zeros(2, 2), 48) is None
 
@@ -207,7 +215,7 @@ def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch
     monkeypatch.setattr(configs, "launch", lambda *a: launched.append(launch(*a)) or launched[-1])
     numbers = {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 2}}
     write(ROW | {"n": 4, "config": numbers})
-    monkeypatch.setattr(configs, "_device_name", lambda device: "cpu")
+    monkeypatch.setattr(configs, "device_name", lambda device: "cpu")
     layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
     with tp.use_path("kernel"):
         layer.to("cuda" if torch.cuda.is_available() else "cpu").weight.sum().backward()

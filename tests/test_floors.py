@@ -31,6 +31,7 @@ FLOORS = {
     "transaction": 1,
     "logm": 1.1,
     "exponential": 1.1,
+    "tables": 1.8,
     "configs": 1.9,
     "registry": 2,
     "links": 2,

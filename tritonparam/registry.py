@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tritonparam import configs
-from tritonparam.configs import PATHS
+from tritonparam.tables import PATHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
