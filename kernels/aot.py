@@ -25,6 +25,9 @@ from tritonparam.kernels import (
 # Every file of kernels.
 MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Shared memory one program may use, CUDA C++ Programming Guide, table of technical
+# specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Cayley map of a batch of small matrices, n <= 64, and its gradient, one launch each."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -273,6 +274,27 @@ def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> BwdConfig:
     return BwdConfig(cols, 16, precision, num_warps=4 if cols == 64 else 1)
 
 
+def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list:
+    """Configurations to measure for "fwd" or "bwd" of n x n matrices, the default first."""
+    if phase == "fwd":
+        default = fwd_config(n, dtype, backend)
+        others = [replace(default, block_matrices=1)]
+        if default.num_warps == 1:
+            others.append(replace(default, block_matrices=2 * default.block_matrices))
+        cols = default.block_cols
+        others += [FwdConfig(cols, cols, 1, num_warps=warps) for warps in (2, 4, 8) if cols >= 32]
+        registers = (128, 168) if default.num_warps == 1 and cols == 64 else ()
+    else:
+        default = bwd_config(n, dtype, backend)
+        depths = [k for k in (16, 32, 64) if k <= default.block_cols]
+        numbers = itertools.product(depths, (1, 2, 4, 8))
+        others = [replace(default, block_k=k, num_warps=warps) for k, warps in numbers]
+        registers = (128, 168, 192) if default.block_cols == 64 else ()
+    if backend == "cuda":
+        others += [replace(default, maxnreg=maxnreg) for maxnreg in registers]
+    return list(dict.fromkeys([default, *others]))
+
+
 def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: FwdConfig) -> torch.Tensor:
     """Q = (I + X)(I - X)^{-1} diag(signature), X = triu(w, 1) - triu(w, 1)^T.
 
@@ -337,23 +359,29 @@ def _launch_options(config: FwdConfig | BwdConfig) -> dict:
     return options
 
 
-def shipped(backend: str) -> list[tuple]:
-    """Every default launch, for compiling ahead of time.
+def launches(phase: str, chain: str, dtype: torch.dtype, config: FwdConfig | BwdConfig) -> list:
+    """What a phase launches with a configuration, for compiling ahead of time.
 
     Rows (name, kernel, types of the pointers, constants and options), as the launchers above
     pass them; integers are i32.
     """
+    name, compute = NAME[dtype], compute_dtype(dtype)
+    low, acc = f"*{name}", f"*{NAME[compute]}"
+    row = f"cayley_{phase}_{config.block_cols}_{name}"
+    if phase == "bwd":
+        types = {"g_ptr": acc, "q_ptr": acc, "d_ptr": low, "dw_ptr": low}
+        return [(row, _cayley_bwd_kernel, types, _bwd_options(config, compute))]
+    kernel = _cayley_fwd_kernel if config.num_warps == 1 else _cayley_fwd_tile_kernel
+    types = {"w_ptr": low, "d_ptr": low, "q_ptr": acc}
+    return [(row, kernel, types, _fwd_options(config, compute))]
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Every default launch, for compiling ahead of time, as `launches`."""
     rows: list[tuple] = []
-    for dtype, name in NAME.items():
-        compute = compute_dtype(dtype)
-        low, acc = f"*{name}", f"*{NAME[compute]}"
+    for dtype in NAME:
         for n in (8, 16, 32, 64):
-            fwd = fwd_config(n, dtype, backend)
-            kernel = _cayley_fwd_kernel if fwd.num_warps == 1 else _cayley_fwd_tile_kernel
-            types = {"w_ptr": low, "d_ptr": low, "q_ptr": acc}
-            rows.append((f"cayley_fwd_{n}_{name}", kernel, types, _fwd_options(fwd, compute)))
+            rows += launches("fwd", "cayley", dtype, fwd_config(n, dtype, backend))
         for n in (16, 32, 64):
-            types = {"g_ptr": acc, "q_ptr": acc, "d_ptr": low, "dw_ptr": low}
-            options = _bwd_options(bwd_config(n, dtype, backend), compute)
-            rows.append((f"cayley_bwd_{n}_{name}", _cayley_bwd_kernel, types, options))
+            rows += launches("bwd", "cayley", dtype, bwd_config(n, dtype, backend))
     return rows

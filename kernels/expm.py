@@ -5,7 +5,7 @@ c(B) + A s(B), c ~ cosh and s ~ sinh / sqrt of the root of B, summed by Horner i
 Stockmeyer 1973): A^2, A^4, A^3 and one product for each further block of four terms, five in all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -243,6 +243,13 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     return Config(16, precision, 1) if n <= 16 else Config(32, precision, 2)
 
 
+def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for "fwd" or "bwd" of n x n matrices, the default first."""
+    default = config(n, dtype, backend)
+    others = [replace(default, num_warps=warps) for warps in (1, 2, 4, 8)]
+    return list(dict.fromkeys([default, *others]))
+
+
 def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[()]:
     """What `expm_bwd` needs beside `w`: nothing."""
     return ()
@@ -283,14 +290,23 @@ def _options(config: Config, sign: int) -> dict:
     return options | {"num_stages": 1, "enable_fp_fusion": True}
 
 
+def launches(phase: str, chain: str, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches, for compiling ahead of time, as in `cayley.launches`."""
+    options = _options(config, -1 if chain == "skew_exp" else 1)
+    kernel, names = {
+        "fwd": (_expm_fwd_kernel, ("w_ptr", "y_ptr")),
+        "bwd": (_expm_bwd_kernel, ("w_ptr", "g_ptr", "dw_ptr")),
+    }[phase]
+    row = f"{chain}_{phase}_{config.block}_fp32"
+    return [(row, kernel, dict.fromkeys(names, "*fp32"), options)]
+
+
 def shipped(backend: str) -> list[tuple]:
-    """Every default launch, for compiling ahead of time, as `cayley.shipped`."""
-    rows: list[tuple] = []
-    for n in (16, 32):
-        for kind, sign in (("skew", -1), ("symmetric", 1)):
-            options = _options(config(n, torch.float32, backend), sign)
-            types = {"w_ptr": "*fp32", "y_ptr": "*fp32"}
-            rows.append((f"{kind}_exp_fwd_{n}_fp32", _expm_fwd_kernel, types, options))
-            types = {"w_ptr": "*fp32", "g_ptr": "*fp32", "dw_ptr": "*fp32"}
-            rows.append((f"{kind}_exp_bwd_{n}_fp32", _expm_bwd_kernel, types, options))
-    return rows
+    """Every default launch."""
+    return [
+        row
+        for n in (16, 32)
+        for chain in ("skew_exp", "symmetric_exp")
+        for phase in ("fwd", "bwd")
+        for row in launches(phase, chain, torch.float32, config(n, torch.float32, backend))
+    ]

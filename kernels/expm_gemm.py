@@ -13,6 +13,8 @@ import triton.language as tl
 
 from tritonparam.kernels.expm import EVEN_ODD, THETA
 from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
+from tritonparam.kernels.gemm import candidates as product_candidates
+from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
 from tritonparam.kernels.mirror import skew, symmetric
 from tritonparam.kernels.tile import exponent, power_of_two
@@ -261,6 +263,21 @@ def _blocks_options(sign: int, dtype: torch.dtype, half: bool) -> dict:
 def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     """The default for n x n matrices, that of every product."""
     return product_config(n, dtype, backend)
+
+
+def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for the products of a phase, the default first."""
+    return product_candidates(n, dtype, backend)
+
+
+def launches(phase: str, chain: str, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
+    kind = chain.removesuffix("_exp")
+    forms = {
+        "fwd": [("full", "tnn"), (kind, "tnt")],
+        "bwd": [("sum", "tnt"), ("difference", "tnt")],
+    }
+    return product_launches(config, compute_dtype(dtype), forms[phase])
 
 
 def shipped(backend: str) -> list[tuple]:

@@ -1,5 +1,7 @@
 """Tiled products of batches of matrices with fused epilogues."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -341,34 +343,56 @@ def launch_options(config: Config) -> dict:
 _MAX_STRIDE = 1 << 24
 
 
-def shipped(backend: str) -> list[tuple]:
-    """Launches for compiling ahead of time, as in `cayley.shipped`.
+def candidates(n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for products of n x n matrices, the default first."""
+    default = product_config(n, dtype, backend)
+    blocks = [block for block in (32, 64, 128) if block <= max(triton.next_power_of_2(n), 32)]
+    numbers = itertools.product(blocks, (16, 32), (4, 8), (2, 3))
+    others = (
+        Config(block, k, default.precision, warps, stages) for block, k, warps, stages in numbers
+    )
+    return list(dict.fromkeys([default, *others]))
+
+
+FORMS_SHIPPED = (
+    ("full", "tnn"),
+    ("full", "ntn"),
+    ("symmetric", "tnt"),
+    ("skew", "nnn"),
+    ("sum", "tnt"),
+    ("difference", "tnt"),
+    ("symmetric_gradient", "tnt"),
+    ("skew_gradient", "tnt"),
+)
+
+
+def launches(
+    config: Config, dtype: torch.dtype, forms: Sequence[tuple[str, str]] = FORMS_SHIPPED
+) -> list[tuple]:
+    """Launches with one configuration, for compiling ahead of time, as in `cayley.shipped`.
 
     Every form with every operand and epilogue at once, none of them aligned: what a map launches
-    is part of it.
+    is part of it. A form goes with how its factors and c are stored, "t" by columns.
     """
+    name = NAME[dtype]
+    types = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "out_ptr"), f"*{name}")
+    types |= dict.fromkeys(("u_ptr", "v_ptr", "scale_ptr", "sums_ptr"), f"*{name}")
+    types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
     rows: list[tuple] = []
-    for dtype in (torch.float32, torch.float64):
-        name = NAME[dtype]
-        acc = f"*{name}"
-        operands = ("a", "b", "c", "out", "u", "v", "scale", "sums")
-        types = {f"{operand}_ptr": acc for operand in operands}
-        types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
-        absent = {"rough_ptr": None} if dtype == torch.float64 else {}
-        for config in {product_config(n, dtype, backend): None for n in (128, 512, 4096)}:
-            for form, stored in (
-                ("full", "tnn"),
-                ("full", "ntn"),
-                ("symmetric", "tnt"),
-                ("skew", "nnn"),
-                ("sum", "tnt"),
-                ("difference", "tnt"),
-                ("symmetric_gradient", "tnt"),
-                ("skew_gradient", "tnt"),
-            ):
-                options = _product_options(config, dtype, form, 2.0, 3.0, -1.0)
-                options |= {f"TRANS_{x}": t == "t" for x, t in zip("ABC", stored, strict=True)}
-                options |= absent
-                row = f"product_{form}_{stored}_{config.block}_{name}"
-                rows.append((row, _product_kernel, types, options))
+    for form, stored in forms:
+        options = _product_options(config, dtype, form, 2.0, 3.0, -1.0)
+        options |= {f"TRANS_{x}": t == "t" for x, t in zip("ABC", stored, strict=True)}
+        options |= {"rough_ptr": None} if dtype == torch.float64 else {}
+        row = f"product_{form}_{stored}_{config.block}_{name}"
+        rows.append((row, _product_kernel, types, options))
     return rows
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Launches of every default configuration."""
+    return [
+        row
+        for dtype in (torch.float32, torch.float64)
+        for config in {product_config(n, dtype, backend): None for n in (128, 512, 4096)}
+        for row in launches(config, dtype)
+    ]

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
+from tritonparam.kernels.gemm import candidates as product_candidates
+from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
 from tritonparam.kernels.mirror import skew
 
@@ -109,6 +111,17 @@ def fwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
 def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     """The default of the backward: that of its products."""
     return product_config(n, dtype, backend)
+
+
+def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for the products of a phase, the default first."""
+    return product_candidates(n, dtype, backend)
+
+
+def launches(phase: str, chain: str, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
+    forms = {"fwd": [("full", "tnn")], "bwd": [("full", "ntn"), ("skew_gradient", "tnt")]}
+    return product_launches(config, compute_dtype(dtype), forms[phase])
 
 
 def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torch.Tensor:

@@ -53,6 +53,8 @@ FLOORS = {
     "explain": 5.1,
     "info": 5.1,
     "parametrizations": 5.2,
+    "trials": 5.2,
+    "tuner": 5.3,
     "tritonparam": 6,
     "demos": 7,
     "demos.rnn": 7,

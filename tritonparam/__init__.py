@@ -31,3 +31,4 @@ from tritonparam.register import remove_parametrizations as remove_parametrizati
 from tritonparam.registry import alias as alias
 from tritonparam.registry import stats as stats
 from tritonparam.registry import use_path as use_path
+from tritonparam.tuner import tune as tune

@@ -63,10 +63,10 @@ def reload() -> None:
 
 
 @contextmanager
-def trying(row: tables.Row) -> Iterator[None]:
-    """Let a row alone speak, inside the block: what a tuner measures."""
+def trying(row: tables.Row | None) -> Iterator[None]:
+    """Let a row alone speak, or none, inside the block: what a tuner measures."""
     global _trial
-    _trial = {tables.key(row): row}
+    _trial = {} if row is None else {tables.key(row): row}
     reload()
     try:
         yield

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -85,14 +85,12 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
     from tritonparam.kernels import aot
 
     tasks = []
-    for target in dict.fromkeys(targets or _present() or aot.TARGETS):
+    for target in dict.fromkeys(targets or present() or aot.TARGETS):
         try:
             tasks += [(target, index) for index in range(len(aot.shipped(target)))]
         except ValueError:
             raise BadOption(f"--target must be like sm_90 or gfx942, got {target!r}.") from None
-    # Fresh processes: under TRITON_INTERPRET this one cannot compile, and forks of one that has
-    # asked the GPU for its name are not safe.
-    with ProcessPoolExecutor(_processors(), get_context("spawn"), _compile_for_real) as pool:
+    with processes() as pool:
         found = pool.map(_compile, *zip(*tasks, strict=True))
         screen = Console(stderr=True)
         try:
@@ -106,6 +104,25 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
         if isinstance(row, str):
             raise Unavailable(row)
     return [row for row in rows if not isinstance(row, str)]
+
+
+def compilers() -> Executor:
+    """What compiles kernels for a library call: threads, or processes where this one interprets.
+
+    A script without ``if __name__ == "__main__"`` would run again in a fresh process.
+    """
+    if registry.kernels().INTERPRETED:
+        return processes()
+    return ThreadPoolExecutor(_processors())
+
+
+def processes() -> ProcessPoolExecutor:
+    """Processes that compile kernels, as many as there are processors.
+
+    Fresh ones: under TRITON_INTERPRET this one cannot compile, and forks of one that has asked the
+    GPU for its name are not safe.
+    """
+    return ProcessPoolExecutor(_processors(), get_context("spawn"), _compile_for_real)
 
 
 def _processors() -> int:
@@ -129,11 +146,16 @@ def _compile(target: str, index: int) -> Row | str:
     try:
         return asdict(aot.compile_kernel(name, kernel, types, options, target))
     except Exception as error:  # a compiler's, which need not survive the way to another process
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return f"{name} does not compile for {target}: {type(error).__name__}: {reason}"
+        return f"{name} does not compile for {target}: {first_line(error)}"
 
 
-def _present() -> tuple[str, ...]:
+def first_line(error: Exception) -> str:
+    """What a compiler says first, and the kind of its error."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {next(filter(None, lines), '')}"
+
+
+def present() -> tuple[str, ...]:
     """The name of the GPU's architecture, as a target."""
     if not torch.cuda.is_available():
         return ()
@@ -145,7 +167,7 @@ def _present() -> tuple[str, ...]:
 
 def _device() -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} ({', '.join(_present())})"
+        return f"{torch.cuda.get_device_name()} ({', '.join(present())})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 

@@ -51,6 +51,8 @@ class Rule:
             the op takes its closed form, or the empty string where its Triton kernel runs.
         size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
             table of measured paths is asked.
+        kernels: called as ``kernels(n, dtype)``; returns the name of the file of kernels whose
+            launch configurations can be tuned, or the empty string.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Rule:
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
+    kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]

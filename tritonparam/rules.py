@@ -126,6 +126,7 @@ RULES = (
         op=_skew_cayley,
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
+        kernels=cayley.kernel_file,
     ),
     Rule(
         name="skew_exp",
@@ -133,6 +134,7 @@ RULES = (
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
+        kernels=expm.kernel_file,
     ),
     Rule(
         name="symmetric_exp",
@@ -140,6 +142,7 @@ RULES = (
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
+        kernels=expm.kernel_file,
     ),
     Rule(
         name="matrix_exp",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,9 +21,11 @@ def kernel_declines(w: Tensor) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
-def _kernels(n: int) -> Any:
-    """The kernels for n x n matrices."""
-    return registry.kernels("cayley" if n <= _TILE_MAX_N else "newton_schulz")
+def kernel_file(n: int, dtype: torch.dtype) -> str:
+    """The file of kernels for n x n matrices, or the empty string."""
+    if n > _KERNEL_MAX_N:
+        return ""
+    return "cayley" if n <= _TILE_MAX_N else "newton_schulz"
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if path == "closed":
         q = _closed_fwd(w, d)
     else:
-        kernels = _kernels(w.size(-1))
+        kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
         with torch.cuda.device_of(w):
             choice = ("cayley", "fwd", w, kernels.fwd_config)
             config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
@@ -67,7 +67,7 @@ def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tu
     q, d = saved
     if registry.path(kernel_declines(q)) == "closed":
         return _closed_bwd(g, saved, dtype)
-    kernels = _kernels(q.size(-1))
+    kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
     with torch.cuda.device_of(q):
         choice = ("cayley", "bwd", q, kernels.bwd_config)
         config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())

@@ -28,11 +28,17 @@ def kernel_declines(w: Tensor, kind: Kind) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
+def kernel_file(n: int, dtype: torch.dtype) -> str:
+    """The file of kernels for n x n matrices, skew or symmetric, or the empty string."""
+    if n > _KERNEL_MAX_N:
+        return ""
+    return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
+
+
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
     n = w.size(-1)
-    one_tile = n <= _TILE_MAX_N and w.dtype != torch.float64
-    kernels = registry.kernels("expm" if one_tile else "expm_gemm")
+    kernels = registry.kernels(kernel_file(n, w.dtype))
     choice = (f"{kind}_exp", phase, w, kernels.config)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
     return kernels, _SIGN[kind], config

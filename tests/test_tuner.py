@@ -1,0 +1,208 @@
+"""The tuner, with a made-up clock: what it tries, discards, chooses, stores, and goes on with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tritonparam as tp
+from tritonparam import configs, registry, tables, trials, tuner
+from tritonparam.trials import Trial
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "tuned.json"
+
+
+def clock(**seconds):
+    """One that says what it is told of a path; anything else than a step takes a microsecond."""
+
+    def measure(step):
+        step()
+        return seconds.get(registry.override(), 1e-6)
+
+    return measure
+
+
+def cayley(n=4):
+    return tp.register_parametrization(torch.nn.Linear(n, n), "weight", tp.Skew(), tp.CayleyMap())
+
+
+def test_the_fastest_is_stored_and_taken(file, monkeypatch):
+    layer = cayley()
+    (found,) = tp.tune(layer, file=file, clock=clock(closed=2e-5, composed=1e-5))
+    assert [(t.path, t.microseconds) for t in found.trials] == [
+        ("closed", pytest.approx(20)),
+        ("composed", pytest.approx(10)),
+    ]
+    assert found.floor == pytest.approx(0.1)
+    assert "→  composed" in str(found)
+    assert "10 % of" in str(found).replace("10%", "10 %")
+    assert list(tables.read(file).values()) == [found.row]
+    assert found.row == {
+        "device": configs.device_name(layer.weight.device),
+        "dtype": "float32",
+        "chain": "cayley",
+        "n": 4,
+        "batch": 1,
+        "path": "composed",
+        "config": {},
+    }
+    monkeypatch.setattr(tables, "users_file", lambda: file)
+    configs.reload()
+    assert "measured faster" in tp.explain(layer)[0].reason
+    configs.reload()
+
+
+def test_what_gains_too_little_does_not_replace_the_default(file):
+    (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1.00e-5, composed=0.98e-5))
+    assert found.row["path"] == "closed"
+
+
+def test_the_model_is_not_changed(file):
+    model = torch.nn.Sequential(
+        tp.spectral_norm(torch.nn.Conv2d(3, 4, 3)),
+        tp.weight_norm(torch.nn.Linear(5, 6)),
+        tp.orthogonal(torch.nn.Linear(5, 3)),
+        cayley(),
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = tp.tune(model, file=file, clock=clock())
+    assert [t.row["chain"] for t in found] == [
+        "spectral_norm",
+        "weight_norm",
+        "orthogonal",
+        "cayley",
+    ]
+    assert all(not trial.reason for t in found for trial in t.trials)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert registry.override() is None
+
+
+def test_an_interrupted_run_goes_on_where_it_was(file):
+    model = torch.nn.Sequential(cayley(4), cayley(4), cayley(9), cayley(33))
+    measured = []
+
+    def track(kinds):
+        for kind in kinds:
+            measured.append(kind[1].original.size(-1))
+            if len(measured) == 2:
+                raise KeyboardInterrupt
+            yield kind
+
+    with pytest.raises(KeyboardInterrupt):
+        tp.tune(model, file=file, clock=clock(), track=track)
+    assert [row["n"] for row in tables.read(file).values()] == [4]
+    found = tp.tune(model, file=file, clock=clock())
+    assert [t.row["n"] for t in found] == [9, 33]
+    assert tp.tune(model, file=file, clock=clock()) == []
+    assert len(tp.tune(model, file=file, clock=clock(), again=True)) == 3
+
+
+def test_a_wrong_result_is_discarded(file, monkeypatch):
+    closed = tp.ops.cayley._closed_fwd
+    monkeypatch.setattr(tp.ops.cayley, "_closed_fwd", lambda w, d: closed(w, d) + 0.01)
+    monkeypatch.setattr(tp.ops.cayley._skew_cayley, "forward", tp.ops.cayley._forward)
+    (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1e-9, composed=1e-5))
+    assert found.row["path"] == "composed"
+    assert found.trials[0].reason == "its value is off by 1e-02"
+    assert found.trials[0].microseconds is None
+
+
+def test_refusals(file, monkeypatch):
+    with pytest.raises(TypeError, match="tune: the model must be an nn.Module, got str"):
+        tp.tune("model", file=file)
+    with pytest.raises(ValueError, match="no weight whose whole chain a rule takes"):
+        tp.tune(torch.nn.Linear(2, 2), file=file)
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", "")
+    with pytest.raises(ValueError, match="TRITONPARAM_CACHE_DIR is empty"):
+        tp.tune(cayley())
+    with pytest.raises(ValueError, match=r"must be one of cayley, .*, got 'householder'"):
+        tuner.weight("householder", (4, 4), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="weight_norm has no launch configurations .* at n = 8"):
+        tuner.static("weight_norm", 8, torch.float32, "sm_90")
+    with pytest.raises(ValueError, match="cayley has no launch configurations .* at n = 5000"):
+        tuner.static("cayley", 5000, torch.float32, "sm_90")
+
+
+@pytest.mark.parametrize("chain", ["cayley", "skew_exp", "symmetric_exp"])
+@pytest.mark.parametrize("n", [3, 16, 32, 48, 64, 200, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_candidates_are_different_and_begin_with_the_default(chain, n, dtype):
+    pytest.importorskip("triton")
+    for target in ("sm_90", "gfx942"):
+        problem = trials.Problem(chain, n, dtype, target)
+        found = trials.candidates(problem)
+        assert found[0] == Trial("kernel", {})
+        assert 4 <= len(found) <= 60
+        for trial in found[1:]:
+            ((phase, numbers),) = trial.config.items()
+            default = problem.candidates(phase)[0]
+            assert replace(default, **numbers) != default
+            assert problem.launches(phase, numbers)
+        assert len({str(trial) for trial in found}) == len(found)
+
+
+def test_kernels_are_launched_with_what_is_tried(file, monkeypatch):
+    kernels = pytest.importorskip("tritonparam.kernels.cayley")
+    slow = kernels.fwd_config(4, torch.float32)
+    launched = []
+    for name in ("cayley_fwd", "cayley_bwd"):
+        launch = getattr(kernels, name)
+
+        def record(*args, launch=launch):
+            launched.append(args[-1])
+            return launch(*args)
+
+        monkeypatch.setattr(kernels, name, record)
+
+    def measure(step):
+        launched.clear()
+        step()
+        if len(launched) != 2:
+            return 1e-6
+        fwd, bwd = launched
+        return 1e-5 * (1 if fwd.block_matrices == 1 else 3) + 1e-5 * bwd.num_warps**-1
+
+    monkeypatch.setattr(trials, "TURNS", 1)
+    monkeypatch.setattr(trials, "compiled", lambda found, problem: found)
+    layer = cayley().to("cuda" if torch.cuda.is_available() else "cpu")
+    with tp.use_path("kernel"):
+        (found,) = tp.tune(layer, file=file, clock=measure)
+    assert found.row["path"] in ("kernel", "closed", "composed")
+    best = min((t for t in found.trials if t.path == "kernel"), key=lambda t: t.microseconds)
+    assert best.config == {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 8}}
+    assert best.microseconds == pytest.approx(10 + 10 / 8)
+    assert slow.block_matrices != 1
+    assert [t.path for t in found.trials[-3:]] == ["closed", "composed", "kernel"]
+
+
+def test_what_is_compiled_is_discarded_for_a_reason():
+    pytest.importorskip("triton")
+    problem = trials.Problem("cayley", 8, torch.float32, "sm_90")
+    wrong = Trial("kernel", {"bwd": {"precision": "bf16x9"}})
+    narrow = Trial("kernel", {"fwd": {"maxnreg": 24}})
+    default, spilling, failing = trials.compiled([Trial("kernel", {}), narrow, wrong], problem)
+    assert default.reason == ""
+    assert 16 < default.resources["regs"] <= 255
+    assert spilling.reason.startswith("it spills ")
+    assert failing.reason.startswith("cayley_bwd_16_fp32 does not compile: ")
+    assert failing.resources is None
+    much = {"regs": 1, "stack": 0, "shared": 300 << 10}
+    assert (
+        trials._too_much(much, "sm_90")
+        == "it needs 307200 bytes of shared memory, sm_90 has 232448"
+    )
+
+
+def test_the_clock_of_the_host_measures():
+    measure = trials.clock_of(torch.device("cpu"))
+    assert (
+        0 < measure(lambda: None) < measure(lambda: torch.randn(300, 300) @ torch.randn(300, 300))
+    )

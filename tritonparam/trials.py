@@ -1,0 +1,230 @@
+"""Ways to evaluate one weight: what could be launched, what each uses, how long each takes."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tritonparam import configs, registry, tables
+from tritonparam.fuse import originals
+from tritonparam.info import compilers, first_line
+from tritonparam.rules import RULES
+
+Clock = Callable[[Callable[[], object]], float]
+PHASES = ("fwd", "bwd")
+TURNS = 5  # of every trial, one after another; each is the median of as many steps
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to evaluate a weight, and what came of it.
+
+    Attributes:
+        path: "kernel", "closed" or "composed".
+        config: the launch numbers that differ from the kernels' default, by phase.
+        resources: registers and bytes of stack per thread and of shared memory per program, the
+            most that a launch of it takes; None where nothing was compiled.
+        microseconds: of forward and backward, or None where it was not measured.
+        reason: why it was discarded, or the empty string.
+    """
+
+    path: str
+    config: dict[str, dict[str, Any]]
+    resources: dict[str, int] | None = None
+    microseconds: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What configurations are for: a chain at one size, in the dtype of the original, on a GPU.
+
+    Raises ValueError where the chain has no launch configurations there that could be tuned.
+    """
+
+    chain: str
+    n: int
+    dtype: torch.dtype
+    target: str
+
+    def __post_init__(self) -> None:  # noqa: D105
+        if not self._file():
+            known = (rule.name for rule in RULES if rule.kernels(1, torch.float32))
+            raise ValueError(
+                f"tune: {self.chain} has no launch configurations to choose from at n = {self.n} "
+                f"in {str(self.dtype).removeprefix('torch.')}; the chains that have some are "
+                f"{', '.join(known)}."
+            )
+
+    def _file(self) -> str:
+        return next((r.kernels(self.n, self.dtype) for r in RULES if r.name == self.chain), "")
+
+    def candidates(self, phase: str) -> list[Any]:
+        """The configurations of a phase, the default first."""
+        kernels = registry.kernels(self._file())
+        backend = "hip" if self.target.startswith("gfx") else "cuda"
+        return cast(list[Any], kernels.candidates(phase, self.n, self.dtype, backend))
+
+    def launches(self, phase: str, numbers: dict[str, Any]) -> list[tuple]:
+        """What is launched with these numbers in the place of the default's."""
+        config = replace(self.candidates(phase)[0], **numbers)
+        kernels = registry.kernels(self._file())
+        return cast(list[tuple], kernels.launches(phase, self.chain, self.dtype, config))
+
+
+def candidates(problem: Problem) -> list[Trial]:
+    """The default, then each candidate of a phase with the default of the other."""
+    trials = [Trial("kernel", {})]
+    for phase in PHASES:
+        default, *others = problem.candidates(phase)
+        for other in others:
+            numbers = {f.name: getattr(other, f.name) for f in fields(other)}
+            numbers = {k: v for k, v in numbers.items() if v != getattr(default, k)}
+            trials.append(Trial("kernel", {phase: numbers}))
+    return trials
+
+
+def compiled(trials: Sequence[Trial], problem: Problem) -> Iterator[Trial]:
+    """The trials with what they use when they are compiled, and a reason where it is too much."""
+    with compilers() as pool:
+        found = pool.map(_resources, [trial.config for trial in trials], [problem] * len(trials))
+        for trial, used in zip(trials, found, strict=True):
+            if isinstance(used, str):
+                yield replace(trial, reason=used)
+            else:
+                yield replace(trial, resources=used, reason=_too_much(used, problem.target))
+
+
+def _resources(config: dict[str, dict[str, Any]], problem: Problem) -> dict[str, int] | str:
+    """The most that a launch with these numbers uses, or why one does not compile."""
+    from tritonparam.kernels import aot
+
+    most = dict.fromkeys(("regs", "stack", "shared"), 0)
+    for phase in PHASES:
+        if config and phase not in config:
+            continue
+        for name, kernel, types, options in problem.launches(phase, config.get(phase, {})):
+            try:
+                used = aot.compile_kernel(name, kernel, types, options, problem.target)
+            except Exception as error:  # a compiler's, of any kind
+                return f"{name} does not compile: {first_line(error)}"
+            most = {key: max(value, getattr(used, key)) for key, value in most.items()}
+    return most
+
+
+def _too_much(used: dict[str, int], target: str) -> str:
+    from tritonparam.kernels import aot
+
+    limit = aot.SHARED_LIMIT.get(target)
+    if used["stack"]:
+        return f"it spills {used['stack']} bytes of registers"
+    if limit and used["shared"] > limit:
+        return f"it needs {used['shared']} bytes of shared memory, {target} has {limit}"
+    return ""
+
+
+class Weight:
+    """Forward and backward of copies of a list, on the way that a trial says.
+
+    Arguments:
+        plist: what is measured; it is not changed.
+        row: what a table would say of it.
+        reference: the path whose value and gradients in fp64 the trials' are compared with.
+    """
+
+    def __init__(self, plist: ParametrizationList, row: tables.Row, reference: str) -> None:
+        self._plist, self._row, self._g = plist, row, torch.ones(())
+        way = Trial(reference, {})
+        with torch.random.fork_rng():
+            self._g = torch.randn_like(self._result(way, torch.float64)[0])
+        self._expected = self._result(way, torch.float64)
+
+    @contextmanager
+    def _on(self, trial: Trial) -> Iterator[None]:
+        row = self._row | {"path": trial.path, "config": trial.config}
+        with registry.use_path(trial.path), configs.trying(row), torch.enable_grad():
+            yield
+
+    def _step(self, plist: ParametrizationList) -> list[Tensor]:
+        xs = [x.detach().requires_grad_() for x in originals(plist)]
+        y = registry.evaluate(RULES, tuple(plist._modules.values()), *xs)
+        return [y.detach(), *torch.autograd.grad(y, xs, self._g.to(y.dtype).expand_as(y))]
+
+    def _result(self, trial: Trial, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The value and the gradients, of a list that is as the user's is now."""
+        with self._on(trial), torch.random.fork_rng():
+            return self._step(copy.deepcopy(self._plist).to(dtype))
+
+    def _wrong(self, trial: Trial) -> str:
+        names = ("value", *["gradient"] * len(self._expected))
+        for name, x, y in zip(names, self._result(trial), self._expected, strict=False):
+            off = float((x.double() - y).abs().max()) / max(float(y.abs().max()), 1.0)
+            if not off <= 1e4 * torch.finfo(x.dtype).eps:
+                return f"its {name} is off by {off:.0e}"
+        return ""
+
+    def timed(self, trials: Sequence[Trial], clock: Clock) -> list[Trial]:
+        """The trials with their median times, taken in turn; a reason where one is wrong."""
+        trials = [t if t.reason else replace(t, reason=self._wrong(t)) for t in trials]
+        own = copy.deepcopy(self._plist)
+        seconds: dict[int, list[float]] = {i: [] for i, t in enumerate(trials) if not t.reason}
+        for _ in range(TURNS):
+            for i, found in seconds.items():
+                with self._on(trials[i]):
+                    self._step(own)  # what was remembered for the last trial is made again
+                    found.append(median(clock, lambda: self._step(own)))
+        return [
+            replace(t, microseconds=1e6 * statistics.median(seconds[i])) if i in seconds else t
+            for i, t in enumerate(trials)
+        ]
+
+
+def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
+    """The fastest numbers of both phases together, where each phase has some that gain."""
+    best: dict[str, dict[str, Any]] = {}
+    for phase in PHASES:
+        some = [
+            t for t in trials if t.path == "kernel" and t.microseconds and {*t.config} <= {phase}
+        ]
+        if some:
+            best |= min(some, key=lambda t: cast(float, t.microseconds)).config
+    return Trial("kernel", best) if len(best) == len(PHASES) else None
+
+
+def median(clock: Clock, step: Callable[[], object]) -> float:
+    """Of some steps, in seconds."""
+    return statistics.median(clock(step) for _ in range(TURNS))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Seconds of one step: of a GPU with cold caches, or of the host."""
+    if device.type != "cuda":
+
+        def on_host(step: Callable[[], object]) -> float:
+            started = time.perf_counter()
+            step()
+            return time.perf_counter() - started
+
+        return on_host
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    more_than_the_cache = torch.zeros(cache // 2, device=device)  # of four bytes each
+
+    def on_device(step: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        more_than_the_cache.sum()  # while it is read, the step is queued
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return on_device

@@ -1,0 +1,221 @@
+"""Measuring which path, and which launch configuration, is fastest for given weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from tritonparam import configs, info, registry, tables, trials
+from tritonparam.fuse import originals, parametrized_tensors, require_module
+from tritonparam.register import register_parametrization
+from tritonparam.rules import RULES
+from tritonparam.trials import Clock, Trial
+
+GAIN = 0.97  # what replaces the default takes at most this share of its time
+LARGEST_COMPOSED = 2048  # rows beyond which torch's n × n matrices are not waited for
+SQUARE = ("cayley", "skew_exp", "symmetric_exp", "matrix_exp")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried for weights of one chain, size, batch, dtype and device.
+
+    Attributes:
+        row: what a table says of them: the fastest path and its configuration.
+        trials: in the order in which they were tried; the first is the default.
+        floor: the share of the fastest time in which as many bytes are copied as forward and
+            backward cannot but move; None where nothing was measured.
+    """
+
+    row: tables.Row
+    trials: tuple[Trial, ...]
+    floor: float | None = None
+
+    def __str__(self) -> str:  # noqa: D105
+        row = self.row
+        title = f"{row['chain']}, {row['batch']} of n = {row['n']}, {row['dtype']}, {row['device']}"
+        cells = [("", "path", "configuration", "registers", "shared bytes", "µs")]
+        for trial in self.trials:
+            chosen = self.floor is not None and (trial.path, trial.config) == (
+                row["path"],
+                row["config"],
+            )
+            numbers = [
+                f"{phase} {key}={value}"
+                for phase, config in trial.config.items()
+                for key, value in config.items()
+            ]
+            used = trial.resources or {}
+            cells.append(
+                (
+                    "→" if chosen else "",
+                    trial.path,
+                    ", ".join(numbers) or ("default" if trial.path == "kernel" else ""),
+                    str(used.get("regs", "")),
+                    str(used.get("shared", "")),
+                    f"{trial.microseconds:.1f}" if trial.microseconds else "–",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [title]
+        for cell, reason in zip(cells, ["", *(t.reason for t in self.trials)], strict=True):
+            left = [c.ljust(w) for c, w in zip(cell[:3], widths[:3], strict=True)]
+            right = [c.rjust(w) for c, w in zip(cell[3:], widths[3:], strict=True)]
+            lines.append("  ".join(left + right).rstrip())
+            if reason:
+                lines.append(f"      {reason}")
+        if self.floor is not None:
+            lines.append(f"moving the bytes takes {self.floor:.0%} of the fastest")
+        return "\n".join(lines)
+
+
+def tune(
+    model: nn.Module,
+    *,
+    again: bool = False,
+    file: Path | None = None,
+    clock: Clock | None = None,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[Tuning]:
+    """Measure the paths and launch configurations of a model's weights on their device.
+
+    Every kind of weight, of one chain, size, batch and dtype, is measured once, on copies: the
+    model is not changed. The fastest goes into the user's own table as soon as it is known, where
+    every later process finds it, so that an interrupted run goes on where it was.
+
+    Arguments:
+        model: holds fused parametrizations; what no rule takes as a whole is left out.
+        again: measure what the table knows already.
+        file: the table; None is the user's own, ``tables.users_file()``.
+        clock: called with a step; runs it and returns its seconds. None is the device's.
+        track: wraps the sequence of what is measured, for a progress bar.
+
+    Returns:
+        What was measured now, a ``Tuning`` for each kind of weight.
+
+    Raises:
+        TypeError: `model` is not an ``nn.Module``.
+        ValueError: it has no weight that a rule takes, or there is no table to write to.
+
+    >>> import tempfile
+    >>> import tritonparam as tp
+    >>> layer = tp.register_parametrization(nn.Linear(3, 3), "weight", tp.Skew(), tp.CayleyMap())
+    >>> found = tune(layer, file=Path(tempfile.mkdtemp(), "tuned.json"))
+    >>> sorted(trial.path for trial in found[0].trials)
+    ['closed', 'composed']
+    """
+    require_module("tune", model)
+    file = file or tables.users_file()
+    if file is None:
+        raise ValueError(
+            "tune: there is no table to write to, since TRITONPARAM_CACHE_DIR is empty; "
+            "unset it or pass file=."
+        )
+    kinds: dict[tables.Key, tuple[registry.Rule, ParametrizationList]] = {}
+    for _, _, plist in parametrized_tensors(model):
+        if rule := _rule(plist):
+            kinds.setdefault(tables.key(_row(rule, originals(plist))), (rule, plist))
+    if not kinds:
+        raise ValueError(
+            "tune: the model has no weight whose whole chain a rule takes; "
+            "call tritonparam.fuse(model), and explain(model) says why not."
+        )
+    known = {} if again else tables.read(file)
+    found = []
+    for rule, plist in track([kinds[key] for key in kinds if key not in known]):
+        found.append(_measured(rule, plist, clock or trials.clock_of(originals(plist)[0].device)))
+        tables.store([found[-1].row], file)
+        configs.reload()
+    return found
+
+
+def weight(chain: str, shape: Sequence[int], dtype: torch.dtype, device: str) -> nn.Module:
+    """A module whose weight is random and under a chain of the table of rules.
+
+    Raises ValueError where there is no such chain, or its links take more than a shape to make.
+    """
+    links = next((rule.chain for rule in RULES if rule.name == chain and chain in SQUARE), None)
+    if links is None:
+        raise ValueError(
+            f"tune: the chain must be one of {', '.join(SQUARE)}, got {chain!r}; "
+            "others are tuned with a model that has them."
+        )
+    module = nn.Module()
+    random = torch.randn(*shape, device=device) / max(shape[-1], 1) ** 0.5
+    module.weight = nn.Parameter(random.to(dtype))
+    first, *more = (link() for link in links)
+    return register_parametrization(module, "weight", first, *more)
+
+
+def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
+    """Compile every candidate for a GPU, present or not, and discard what cannot be fast.
+
+    Discarded is what does not compile, what spills registers, and what needs more shared memory
+    than the GPU has. Nothing is measured or stored.
+
+    Arguments:
+        chain: the name of a chain with launch configurations, as "cayley".
+        n: of matrices n × n.
+        dtype: of the original.
+        target: as "sm_90" or "gfx942".
+
+    Raises:
+        ValueError: the chain has no launch configurations at this size and in this dtype.
+    """
+    problem = trials.Problem(chain, n, dtype, target)
+    row = {"device": target, "dtype": _name(dtype), "chain": chain, "n": n, "batch": 1}
+    found = trials.compiled(trials.candidates(problem), problem)
+    return Tuning(row | {"path": "kernel", "config": {}}, tuple(found))
+
+
+def _rule(plist: ParametrizationList) -> registry.Rule | None:
+    """The rule that takes a list's whole chain, whatever was measured before."""
+    with configs.trying(None):
+        steps = registry.plan(RULES, tuple(plist._modules.values()), originals(plist))
+    return steps[0][0] if len(steps) == 1 else None
+
+
+def _row(rule: registry.Rule, xs: Sequence[Tensor]) -> tables.Row:
+    x, n = xs[-1], max(rule.size(*xs), 1)
+    row = {"device": configs.device_name(x.device), "dtype": _name(x.dtype), "chain": rule.name}
+    return row | {"n": n, "batch": configs.batch(n, x.numel()), "path": "closed", "config": {}}
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Of the compute dtype, as in tables."""
+    return str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")
+
+
+def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> Tuning:
+    """Compile, compare and time every way to evaluate a weight, on copies of its list."""
+    xs = originals(plist)
+    x, row = xs[-1], _row(rule, xs)
+    composed = [Trial("composed", {})] if max(x.shape, default=0) <= LARGEST_COMPOSED else []
+    ways = [Trial("closed", {}), *composed]
+    with configs.trying(None):
+        on_kernels = not rule.kernel_declines(tuple(plist._modules.values()), *xs)
+    if on_kernels and rule.kernels(row["n"], x.dtype):
+        problem = trials.Problem(rule.name, row["n"], x.dtype, (info.present() or ("sm_90",))[0])
+        launched = trials.candidates(problem)
+        ways = (list(trials.compiled(launched, problem)) if x.is_cuda else launched) + ways
+    elif on_kernels:
+        ways.insert(0, Trial("kernel", {}))
+    weight = trials.Weight(plist, row, reference=ways[-1].path)
+    tried = weight.timed(ways, clock)
+    if both := trials.best_of_phases(tried):
+        tried += weight.timed([both], clock)
+    seconds = {i: cast(float, t.microseconds) / 1e6 for i, t in enumerate(tried) if t.microseconds}
+    best = min(seconds, key=lambda i: seconds[i])
+    if 0 in seconds and seconds[best] > GAIN * seconds[0]:
+        best = 0
+    row |= {"path": tried[best].path, "config": tried[best].config}
+    # Read the original, write the weight; read what comes in and what is saved, write the gradient.
+    source, target = torch.empty(2, max(5 * x.numel() // 2, 1), dtype=x.dtype, device=x.device)
+    floor = trials.median(clock, lambda: target.copy_(source))
+    return Tuning(row, tuple(tried), floor / seconds[best])
