@@ -29,6 +29,7 @@ FLOORS = {
     "kernels.aot": 0.4,
     "numerics": 1,
     "transaction": 1,
+    "injected": 1,
     "logm": 1.1,
     "exponential": 1.1,
     "tables": 1.8,

@@ -383,16 +383,6 @@ def test_training_is_the_same_fused_and_composed():
         assert torch.allclose(value, composed[key], atol=1e-4), key
 
 
-def test_pickle_is_refused_as_by_torch(tmp_path):
-    layer = fused_layer()
-    with pytest.raises(RuntimeError, match=r"only supported through state_dict"):
-        torch.save(layer, tmp_path / "layer.pt")
-    torch.save(layer.state_dict(), tmp_path / "layer.pt")
-    fresh = fused_layer()
-    fresh.load_state_dict(torch.load(tmp_path / "layer.pt"))
-    assert torch.equal(fresh.weight, layer.weight)
-
-
 def test_moving_and_converting_a_fused_model():
     layer = fused_layer()
     weight = layer.weight.detach()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tritonparam import cache, registry
+from tritonparam.injected import share_class
 from tritonparam.rules import RULES
 from tritonparam.transaction import restored_on_error, stand_in, write
 
@@ -133,7 +134,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
             plist.__class__ = ParametrizationList
         raise
     for module in modules:
-        own_class(module)
+        share_class(module)
     return model
 
 
@@ -144,26 +145,6 @@ def unfuse(model: nn.Module) -> nn.Module:
         if type(plist) is FusedParametrizationList:
             plist.__class__ = ParametrizationList  # type: ignore[assignment]
     return model
-
-
-def own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class that no other module shares, nor any copy made of it.
-
-    torch makes one class per module and injects the properties there, but deepcopy shares it, so
-    that registering or removing on one copy breaks the other.
-    """
-    cls: Any = type(module)
-    theirs = getattr(cls.__deepcopy__, "_theirs", cls.__deepcopy__)
-
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        replica = theirs(self, memo)
-        if is_parametrized(replica):
-            own_class(replica)
-        return replica
-
-    deepcopy._theirs = theirs  # type: ignore[attr-defined]
-    content = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(cls.__name__, cls.__bases__, {**content, "__deepcopy__": deepcopy})
 
 
 def parametrized_tensors(

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils.parametrize import is_parametrized
 
-from tritonparam.fuse import fuse_list, lists, own_class, require_module, swap_originals
+from tritonparam.fuse import fuse_list, lists, require_module, swap_originals
+from tritonparam.injected import share_class
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -71,13 +72,13 @@ def register_parametrization(
         holders.append(cast(nn.ModuleDict, module.parametrizations))
     with restored_on_error(*holders, links=links):
         if is_parametrized(module):
-            own_class(module)
+            share_class(module, tensor_name)
         if real is not None:
             home[tensor_name] = stand_in(real)
         for link in links:
             _register_one(module, tensor_name, link, unsafe)
         plist = fuse_list(lists(module)[tensor_name])
-        own_class(module)
+        share_class(module)
     if real is not None:
         plist.names_before = tuple(names[: names.index(tensor_name)])
         if plist.is_tensor:
@@ -146,8 +147,10 @@ def remove_parametrizations(
             leave_parametrized = False
         else:
             value = None  # torch knows what can be done about it
-    own_class(module)
+    share_class(module)
     torch_parametrize.remove_parametrizations(module, tensor_name, leave_parametrized)
+    if is_parametrized(module):
+        share_class(module)
     if value is not None:
         write(getattr(module, tensor_name), value)
     home = _home(module, tensor_name)
