@@ -51,6 +51,8 @@ class Rule:
             the op takes its closed form, or the empty string where its Triton kernel runs.
         size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
             table of measured paths is asked.
+        differs: called as ``differs(links, *tensors)``; returns the sentence how the value differs
+            from the composed one on purpose, or the empty string.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Rule:
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
+    differs: Callable[..., str] = lambda links, *xs: ""
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
