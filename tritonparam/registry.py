@@ -221,7 +221,7 @@ def alias(link: type[nn.Module], meaning: type[nn.Module]) -> None:
     """Declare that a link class of yours computes the same as one of ours.
 
     Chains of it are fused like chains of ours. When such a chain is fused, the fused and the
-    composed value and vector-Jacobian product are compared, and a difference is an error.
+    composed value, vector-Jacobian product and buffers are compared; a difference is an error.
 
     Arguments:
         link: your ``nn.Module`` subclass.
@@ -250,9 +250,9 @@ def has_alias(links: Sequence[nn.Module]) -> bool:
     return any(type(link) in _aliases for link in links)
 
 
-def meaning(link: nn.Module) -> type[nn.Module]:
-    """The class that a link counts as: its own, or the one it was declared to equal."""
-    return _aliases.get(type(link), type(link))
+def meaning(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that links of a class count as: itself, or the one it was declared to equal."""
+    return _aliases.get(cls, cls)
 
 
 @contextmanager
