@@ -47,6 +47,7 @@ FLOORS = {
     "ops.weight_norm": 3,
     "rules": 4,
     "functional": 4.1,
+    "interop": 4.1,
     "declared": 4.2,
     "fuse": 5,
     "register": 5.1,

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tritonparam import registry
+from tritonparam import interop, registry
 from tritonparam.registry import Rule
 from tritonparam.rules import RULES
 
@@ -17,8 +17,8 @@ _added: tuple[Rule, ...] = ()
 
 
 def table() -> tuple[Rule, ...]:
-    """The rules that chains are looked up in: those that were added, then ours."""
-    return _added + RULES
+    """The rules that chains are looked up in: those that were added, ours, other libraries'."""
+    return _added + RULES + interop.found
 
 
 def add_rule(

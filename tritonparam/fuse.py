@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from tritonparam import cache, declared, registry
+from tritonparam import cache, declared, interop, registry
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -204,5 +204,6 @@ def require_module(who: str, model: Any) -> None:
 def fuse_list(plist: ParametrizationList) -> FusedParametrizationList:
     """Make a list a fused one; raise ValueError if its chain is not what was declared."""
     plist.__class__ = FusedParametrizationList
+    interop.discover()
     declared.check(tuple(plist._modules.values()), originals(plist))
     return cast(FusedParametrizationList, plist)

@@ -82,7 +82,7 @@ def lookup(
     for rule in rules:
         n = len(rule.chain)
         if rule.chain == kinds[:n]:
-            declined = _links_decline(links[:n]) or _tensors_decline(xs)
+            declined = links_decline(links[:n]) or _tensors_decline(xs)
             declined = declined or rule.declines(links[:n], *xs)
             if not declined and measured(rule.name, xs[-1], rule.size(*xs)) == "composed":
                 why = "torch's own chain was measured faster at this size on this device"
@@ -125,7 +125,8 @@ def plan(
     return steps
 
 
-def _links_decline(links: Sequence[nn.Module]) -> str:
+def links_decline(links: Sequence[nn.Module]) -> str:
+    """Why a fused chain may not stand for these links, or the empty string."""
     for link in links:
         if (
             link._forward_hooks

@@ -91,13 +91,20 @@ _AT_BASE = {
 
 
 def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
-    base = getattr(links[0], "base", None)
-    if x.dim() < 2:
-        return "the original is not a matrix"
-    if x.device.type == "mps" and cast(Any, links[0]).orthogonal_map != "matrix_exp":
-        return "the map needs fp64 inside, which the device has not"
+    link: Any = links[0]
+    base = getattr(link, "base", None)
+    if declined := _map_declines(link.orthogonal_map, x):
+        return declined
     if base is not None and (base.shape != x.shape or base.device != x.device):
         return "the base point does not fit the original"
+    return ""
+
+
+def _map_declines(orthogonal_map: str, x: Tensor) -> str:
+    if x.dim() < 2:
+        return "the original is not a matrix"
+    if x.device.type == "mps" and orthogonal_map != "matrix_exp":
+        return "the map needs fp64 inside, which the device has not"
     return ""
 
 
@@ -112,10 +119,10 @@ def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
     return no_kernel(x)
 
 
-def from_left_declines(base: Tensor | None, x: Tensor) -> str:
-    """Why ``from_left`` does not take x and a base that must not be None, or the empty string."""
-    if x.dim() < 2:
-        return "the original is not a matrix"
+def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
+    """Why ``from_left`` does not take a base, here not None, or x, or the empty string."""
+    if declined := _map_declines(orthogonal_map, x):
+        return declined
     n = max(x.shape[-2:])
     if base is None or base.shape != (*x.shape[:-2], n, n):
         return "the base does not fit the original"
@@ -131,11 +138,10 @@ def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     link: Any = links[0]
-    if x.dim() < 2:
-        return "the original is not a matrix"
-    if x.device.type == "mps" and link.orthogonal_map.name != "matrix_exp":
-        return "the map needs fp64 inside, which the device has not"
-    return from_left_declines(link.base, x) if hasattr(link, "base") else ""
+    orthogonal_map = link.orthogonal_map.name
+    if hasattr(link, "base"):
+        return from_left_declines(link.base, orthogonal_map, x)
+    return _map_declines(orthogonal_map, x)
 
 
 def _torch_orthogonal_differs(links: Sequence[nn.Module], x: Tensor) -> str:
