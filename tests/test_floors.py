@@ -54,6 +54,7 @@ FLOORS = {
     "explain": 5.1,
     "info": 5.1,
     "parametrizations": 5.2,
+    "pytest_plugin": 5.2,
     "tritonparam": 6,
     "demos": 7,
     "demos.rnn": 7,

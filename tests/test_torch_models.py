@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -268,3 +270,18 @@ def test_spectral_norm_iterates_when_torchs_does():
             assert torch.equal(before, after) == (not training)
             vectors.append(after)
         assert torch.allclose(*vectors, rtol=0, atol=1e-6)
+
+
+def test_the_plugin_counts(tmp_path):
+    (tmp_path / "test_theirs.py").write_text(
+        "import torch\n"
+        "from torch.nn.utils.parametrizations import orthogonal\n"
+        "def test_it():\n"
+        "    layer = orthogonal(torch.nn.Linear(3, 3))\n"
+        "    assert type(layer.parametrizations.weight).__name__ == 'FusedParametrizationList'\n"
+        "    layer.weight, layer.weight\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tritonparam.pytest_plugin"]
+    run = subprocess.run([*command, tmp_path], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "tritonparam: 0 kernel, 2 closed, 0 composed evaluations" in run.stdout

@@ -127,7 +127,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
                 )
     except BaseException:
         for plist in changed:
-            plist.__class__ = ParametrizationList
+            unfuse_list(plist)
         raise
     for module in modules:
         own_class(module)
@@ -138,8 +138,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused tensor of a model back to torch's own evaluation, and return the model."""
     require_module("unfuse", model)
     for _, _, plist in parametrized_tensors(model):
-        if type(plist) is FusedParametrizationList:
-            plist.__class__ = ParametrizationList  # type: ignore[assignment]
+        unfuse_list(plist)
     return model
 
 
@@ -207,3 +206,9 @@ def fuse_list(plist: ParametrizationList) -> FusedParametrizationList:
     interop.discover()
     declared.check(tuple(plist._modules.values()), originals(plist))
     return cast(FusedParametrizationList, plist)
+
+
+def unfuse_list(plist: nn.Module) -> None:
+    """Make a fused list torch's own again; leave any other module as it is."""
+    if type(plist) is FusedParametrizationList:
+        plist.__class__ = ParametrizationList  # type: ignore[assignment]
