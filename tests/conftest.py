@@ -23,9 +23,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def _fresh_state(monkeypatch):
-    """A seed, no statistics, and aliases and a path that do not outlive the test."""
+    """A seed, no statistics, and aliases, rules and a path that do not outlive the test."""
     torch.manual_seed(0)
     monkeypatch.setattr(tritonparam.registry, "_aliases", {})
+    monkeypatch.setattr(tritonparam.declared, "_added", ())
     monkeypatch.setattr(tritonparam.registry, "_override", None)
     tritonparam.stats(reset=True)
 

@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations as type_befo
 
 from tritonparam import functional as functional
 from tritonparam.cache import cached as cached
+from tritonparam.declared import add_rule as add_rule
 from tritonparam.explain import explain as explain
 from tritonparam.fuse import fuse as fuse
 from tritonparam.fuse import unfuse as unfuse

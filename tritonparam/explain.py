@@ -73,7 +73,8 @@ def explain(model: nn.Module) -> Explanation:
     Returns:
         A sequence of rows with `.name`, `.chain` (class names), `.shape` and `.dtype` (of the
         largest original), `.path` ("kernel", "closed" or "composed") and `.reason` (why not the
-        path before it in this list; empty for "kernel"). It prints as a table.
+        path before it in this list, and what differs from composed on purpose). It prints as a
+        table.
 
     >>> import tritonparam as tp
     >>> layer = tp.register_parametrization(nn.Linear(3, 3), "weight", tp.Skew(), tp.CayleyMap())
@@ -96,15 +97,19 @@ def explain(model: nn.Module) -> Explanation:
 
 def _fused_path(steps: list[registry.Step], tensors: Sequence[torch.Tensor]) -> tuple[str, str]:
     """The path of a chain that is fused at least in part, and why not a better one."""
-    closed, composed = [], []
+    closed, composed, differs = [], [], []
     largest = max(tensors, key=torch.Tensor.numel)
     for i, (rule, links, why) in enumerate(steps):
         if rule is None:
             composed.append(f"{type(links[0]).__name__} is composed: {why}")
             continue
-        declined = rule.kernel_declines(links, *(tensors if i == 0 else (largest,)))
+        xs = tensors if i == 0 else (largest,)
+        declined = rule.kernel_declines(links, *xs)
         if registry.override() == "closed":
             declined = declined or "the path is set to closed"
         if declined:
             closed.append(declined)
-    return ("closed" if closed else "kernel"), "; ".join(dict.fromkeys(closed + composed))
+        if difference := rule.differs(links, *xs):
+            differs.append(difference)
+    reasons = dict.fromkeys(closed + composed + differs)
+    return ("closed" if closed else "kernel"), "; ".join(reasons)

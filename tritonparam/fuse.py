@@ -6,18 +6,15 @@ is read. A fused list is the same object with another class: keys, links, origin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from tritonparam import cache, registry
+from tritonparam import cache, declared, interop, registry
 from tritonparam.injected import share_class
-from tritonparam.rules import RULES
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -32,11 +29,11 @@ class FusedParametrizationList(ParametrizationList):
         return cache.read(self, self._evaluate)
 
     def _evaluate(self) -> Tensor:
-        return registry.evaluate(RULES, tuple(self._modules.values()), *originals(self))
+        return registry.evaluate(declared.table(), tuple(self._modules.values()), *originals(self))
 
     def plan(self) -> list[registry.Step]:
         """How the chain is evaluated as it is now: its steps, each a rule, its links, a reason."""
-        return registry.plan(RULES, tuple(self._modules.values()), originals(self))
+        return registry.plan(declared.table(), tuple(self._modules.values()), originals(self))
 
     def right_inverse(self, value: Tensor) -> None:
         """Assign: torch's own method, all or nothing, with the originals written in place.
@@ -104,8 +101,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
 
     Raises:
         TypeError: `model` is not an ``nn.Module``.
-        ValueError: `strict`, and a chain stays composed; or a chain with an alias does not compute
-            what the alias declares. The model is then as it was.
+        ValueError: `strict`, and a chain stays composed; or a chain does not compute what an alias
+            or an added rule declares. The model is then as it was.
 
     >>> import torch.nn.utils.parametrize as parametrize, tritonparam as tp
     >>> layer = nn.Linear(3, 3)
@@ -131,7 +128,7 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
                 )
     except BaseException:
         for plist in changed:
-            plist.__class__ = ParametrizationList
+            unfuse_list(plist)
         raise
     for module in modules:
         share_class(module)
@@ -142,8 +139,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused tensor of a model back to torch's own evaluation, and return the model."""
     require_module("unfuse", model)
     for _, _, plist in parametrized_tensors(model):
-        if type(plist) is FusedParametrizationList:
-            plist.__class__ = ParametrizationList  # type: ignore[assignment]
+        unfuse_list(plist)
     return model
 
 
@@ -186,65 +182,14 @@ def require_module(who: str, model: Any) -> None:
 
 
 def fuse_list(plist: ParametrizationList) -> FusedParametrizationList:
-    """Make a list a fused one; raise ValueError if its chain is not what an alias declares."""
+    """Make a list a fused one; raise ValueError if its chain is not what was declared."""
     plist.__class__ = FusedParametrizationList
-    links, tensors = tuple(plist._modules.values()), originals(plist)
-    if registry.has_alias(links):
-        with registry.use_path("closed"):
-            if any(rule for rule, _, _ in registry.plan(RULES, links, tensors)):
-                _verify_alias(links, tensors)
+    interop.discover()
+    declared.check(tuple(plist._modules.values()), originals(plist))
     return cast(FusedParametrizationList, plist)
 
 
-def _verify_alias(links: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
-    """Compare fused with composed, on fp64 values of norm about one and on the originals.
-
-    Near zero all maps agree, hence the former; what users run is the latter. It works on copies of
-    the links and puts the random state back.
-    """
-    names = "→".join(type(link).__name__ for link in links)
-    meaning = "→".join(registry.meaning(link).__name__ for link in links)
-    generator = torch.Generator().manual_seed(0)
-    scale = max(tensors[0].size(-1), 1) ** -0.5
-    random = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors]
-    inputs = [[r.to(x.device) * scale for r, x in zip(random, tensors, strict=True)]]
-    inputs.append([x.detach() for x in tensors])
-    devices = sorted({x.device.index or 0 for x in tensors if x.is_cuda})
-    for xs in inputs:
-        copies = [copy.deepcopy(link).to(xs[0].dtype) for link in links]
-        results = []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            for evaluate in (partial(registry.evaluate, RULES), _composed):
-                generator.manual_seed(1)
-                leaves = [x.clone().requires_grad_() for x in xs]
-                y = evaluate(copies, *leaves)
-                g = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-                results.append([y.detach(), *torch.autograd.grad(y, leaves, g)])
-        for what, fused, composed in zip(("value", *["gradient"] * len(xs)), *results, strict=True):
-            if not _close(fused, composed):
-                raise ValueError(
-                    f"alias: {names} was declared to mean {meaning}, but its {what} differs: "
-                    f"fused {_brief(fused)}, composed {_brief(composed)}; "
-                    "correct the class or do not alias it."
-                )
-
-
-def _close(x: Tensor, y: Tensor) -> bool:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    # Two algorithms for one map differ by rounding times the condition of the map.
-    tolerance = 1e3 * torch.finfo(y.dtype).eps
-    size = float(y.abs().max()) if y.numel() else 0.0
-    return torch.allclose(x, y, rtol=0, atol=tolerance * max(size, 1.0), equal_nan=True)
-
-
-def _brief(x: Tensor) -> str:
-    entries = ", ".join(f"{float(v):.4g}" for v in x.flatten()[:4])
-    return f"{list(x.shape)} {entries}, …"
-
-
-def _composed(links: Sequence[nn.Module], *tensors: Tensor) -> Tensor:
-    y = links[0](*tensors)
-    for link in links[1:]:
-        y = link(y)
-    return y
+def unfuse_list(plist: nn.Module) -> None:
+    """Make a fused list torch's own again; leave any other module as it is."""
+    if type(plist) is FusedParametrizationList:
+        plist.__class__ = ParametrizationList  # type: ignore[assignment]

@@ -53,6 +53,8 @@ class Rule:
             table of measured paths is asked.
         kernels: called as ``kernels(n, dtype)``; returns the name of the file of kernels whose
             launch configurations can be tuned, or the empty string.
+        differs: called as ``differs(links, *tensors)``; returns the sentence how the value differs
+            from the composed one on purpose, or the empty string.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Rule:
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
     kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
+    differs: Callable[..., str] = lambda links, *xs: ""
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -82,7 +85,7 @@ def lookup(
     for rule in rules:
         n = len(rule.chain)
         if rule.chain == kinds[:n]:
-            declined = _links_decline(links[:n]) or _tensors_decline(xs)
+            declined = links_decline(links[:n]) or _tensors_decline(xs)
             declined = declined or rule.declines(links[:n], *xs)
             if not declined and measured(rule.name, xs[-1], rule.size(*xs)) == "composed":
                 why = "torch's own chain was measured faster at this size on this device"
@@ -125,7 +128,8 @@ def plan(
     return steps
 
 
-def _links_decline(links: Sequence[nn.Module]) -> str:
+def links_decline(links: Sequence[nn.Module]) -> str:
+    """Why a fused chain may not stand for these links, or the empty string."""
     for link in links:
         if (
             link._forward_hooks
@@ -221,7 +225,7 @@ def alias(link: type[nn.Module], meaning: type[nn.Module]) -> None:
     """Declare that a link class of yours computes the same as one of ours.
 
     Chains of it are fused like chains of ours. When such a chain is fused, the fused and the
-    composed value and vector-Jacobian product are compared, and a difference is an error.
+    composed value, vector-Jacobian product and buffers are compared; a difference is an error.
 
     Arguments:
         link: your ``nn.Module`` subclass.
@@ -250,9 +254,9 @@ def has_alias(links: Sequence[nn.Module]) -> bool:
     return any(type(link) in _aliases for link in links)
 
 
-def meaning(link: nn.Module) -> type[nn.Module]:
-    """The class that a link counts as: its own, or the one it was declared to equal."""
-    return _aliases.get(type(link), type(link))
+def meaning(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that links of a class count as: itself, or the one it was declared to equal."""
+    return _aliases.get(cls, cls)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
 from tritonparam.numerics import compute_dtype, no_autocast
@@ -50,19 +50,26 @@ def _square_declines(links: Sequence[nn.Module], w: Tensor) -> str:
 def _orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     link: Any = links[0]
     base = getattr(link, "base", None)
+    if base is None or x.size(-1) == x.size(-2):
+        return from_left(base, link.orthogonal_map, x)
+    q = _AT_BASE[link.orthogonal_map](tall(x), tall(base))
+    return q if x.size(-2) >= x.size(-1) else q.mT
+
+
+def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
+    """``base @ map(x)`` for a tall x, transposed for a wide one; None stands for the identity.
+
+    The base is n×n with n the larger side of x; of the map only k columns are made. 16-bit
+    originals are rounded once.
+    """
     y = tall(x)
     if base is None:
-        q = _FREE[link.orthogonal_map](y)
-    elif y.size(-1) == y.size(-2):
-        # The base stands to the left; 16-bit weights are rounded once.
-        with no_autocast(x):
-            q = tall(base).to(compute_dtype(x.dtype)) @ _FREE[link.orthogonal_map](
-                y.to(compute_dtype(x.dtype))
-            )
+        q = _FREE[orthogonal_map](y)
     else:
-        q = _AT_BASE[link.orthogonal_map](y, tall(base))
-    q = q if x.size(-2) >= x.size(-1) else q.mT
-    return q.to(x.dtype)
+        with no_autocast(x):
+            dtype = compute_dtype(x.dtype)
+            q = base.to(dtype) @ _FREE[orthogonal_map](y.to(dtype))
+    return (q if x.size(-2) >= x.size(-1) else q.mT).to(x.dtype)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -84,20 +91,63 @@ _AT_BASE = {
 
 
 def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
-    base = getattr(links[0], "base", None)
-    if x.dim() < 2:
-        return "the original is not a matrix"
-    if x.device.type == "mps" and cast(Any, links[0]).orthogonal_map != "matrix_exp":
-        return "the map needs fp64 inside, which the device has not"
+    link: Any = links[0]
+    base = getattr(link, "base", None)
+    if declined := _map_declines(link.orthogonal_map, x):
+        return declined
     if base is not None and (base.shape != x.shape or base.device != x.device):
         return "the base point does not fit the original"
     return ""
 
 
+def _map_declines(orthogonal_map: str, x: Tensor) -> str:
+    if x.dim() < 2:
+        return "the original is not a matrix"
+    if x.device.type == "mps" and orthogonal_map != "matrix_exp":
+        return "the map needs fp64 inside, which the device has not"
+    return ""
+
+
 def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
-    if cast(Any, links[0]).orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
+    return from_left_kernel_declines(cast(Any, links[0]).orthogonal_map, x)
+
+
+def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
+    """Why no Triton kernel computes the map of x, or the empty string."""
+    if orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
         return expm.kernel_declines(x, "skew")
     return no_kernel(x)
+
+
+def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
+    """Why ``from_left`` does not take a base, here not None, or x, or the empty string."""
+    if declined := _map_declines(orthogonal_map, x):
+        return declined
+    n = max(x.shape[-2:])
+    if base is None or base.shape != (*x.shape[:-2], n, n):
+        return "the base does not fit the original"
+    if base.device != x.device or base.dtype != x.dtype:
+        return "the base has not the original's device and dtype"
+    return ""
+
+
+def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
+    link: Any = links[0]
+    return from_left(getattr(link, "base", None), link.orthogonal_map.name, x)
+
+
+def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
+    link: Any = links[0]
+    orthogonal_map = link.orthogonal_map.name
+    if hasattr(link, "base"):
+        return from_left_declines(link.base, orthogonal_map, x)
+    return _map_declines(orthogonal_map, x)
+
+
+def _torch_orthogonal_differs(links: Sequence[nn.Module], x: Tensor) -> str:
+    if cast(Any, links[0]).orthogonal_map.name != "householder":
+        return ""
+    return "the signs of the original's diagonal count, where torch truncates it to integers"
 
 
 def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
@@ -157,6 +207,16 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
+    ),
+    Rule(
+        name="torch_orthogonal",
+        chain=(_Orthogonal,),
+        op=_torch_orthogonal,
+        declines=_torch_orthogonal_declines,
+        kernel_declines=lambda links, x: from_left_kernel_declines(
+            cast(Any, links[0]).orthogonal_map.name, x
+        ),
+        differs=_torch_orthogonal_differs,
     ),
     Rule(
         name="spectral_norm",

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, registry, tables
+from tritonparam.declared import table
 from tritonparam.fuse import originals
 from tritonparam.info import compilers, first_line
 from tritonparam.rules import RULES
@@ -156,7 +157,7 @@ class Weight:
 
     def _step(self, plist: ParametrizationList) -> list[Tensor]:
         xs = [x.detach().requires_grad_() for x in originals(plist)]
-        y = registry.evaluate(RULES, tuple(plist._modules.values()), *xs)
+        y = registry.evaluate(table(), tuple(plist._modules.values()), *xs)
         return [y.detach(), *torch.autograd.grad(y, xs, self._g.to(y.dtype).expand_as(y))]
 
     def _result(self, trial: Trial, dtype: torch.dtype | None = None) -> list[Tensor]:

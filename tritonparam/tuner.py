@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, info, registry, tables, trials
+from tritonparam.declared import table
 from tritonparam.fuse import originals, parametrized_tensors, require_module
 from tritonparam.register import register_parametrization
 from tritonparam.rules import RULES
@@ -177,7 +178,7 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
 def _rule(plist: ParametrizationList) -> registry.Rule | None:
     """The rule that takes a list's whole chain, whatever was measured before."""
     with configs.trying(None):
-        steps = registry.plan(RULES, tuple(plist._modules.values()), originals(plist))
+        steps = registry.plan(table(), tuple(plist._modules.values()), originals(plist))
     return steps[0][0] if len(steps) == 1 else None
 
 

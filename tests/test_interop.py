@@ -1,0 +1,295 @@
+"""Models that geotorch constrained, fused: geotorch's values, state, assignment and training."""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize as torch_parametrize
+
+import tritonparam as tp
+from tests.test_torch_models import Largest, state
+from tritonparam import interop
+
+geotorch = pytest.importorskip("geotorch", minversion="0.4")
+
+TRIVIALIZATIONS = ("expm", "cayley")
+
+
+def of_shape(*shape: int) -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    return module
+
+
+def registered(manifold: nn.Module, *shape: int) -> nn.Module:
+    """A module on which a manifold is registered as geotorch does it, at a point of it."""
+    module = of_shape(*shape)
+    # geotorch samples tall almost orthogonal weights of a wrong shape.
+    wide = isinstance(manifold, geotorch.AlmostOrthogonal)
+    source = geotorch.Stiefel(shape) if wide else manifold
+    with torch.no_grad():
+        module.weight.copy_(source.double().sample())
+    torch_parametrize.register_parametrization(module, "weight", manifold.double(), unsafe=True)
+    return module
+
+
+def chained(module: nn.Module, *links: nn.Module) -> nn.Module:
+    """The module with links that never see its weight, which may lie off their manifolds."""
+    for i, link in enumerate(links):
+        torch_parametrize.register_parametrization(module, "weight", nn.Identity())
+        module.parametrizations.weight[i] = link
+    return module
+
+
+SQUARE = ((5, 5), (2, 4, 4))
+ANY = ((5, 5), (7, 3), (2, 3, 5))
+CONV = (*ANY, (2, 2, 4, 3), (5, 1))
+MAKERS = {
+    "so": (SQUARE, lambda m, t: registered(geotorch.SO(m, t), *m)),
+    "so_upper": (SQUARE, lambda m, t: registered(geotorch.SO(m, t, lower=False), *m)),
+    "orthogonal": (CONV, lambda m, t: geotorch.orthogonal(of_shape(*m), "weight", t)),
+    "grassmannian": (CONV, lambda m, t: geotorch.grassmannian(of_shape(*m), "weight", t)),
+    "low_rank": (
+        ANY,
+        lambda m, t: geotorch.low_rank(of_shape(*m), "weight", min(2, *m[-2:]), t),
+    ),
+    "fixed_rank": (
+        ANY,
+        lambda m, t: geotorch.fixed_rank(of_shape(*m), "weight", min(2, *m[-2:]), triv=t),
+    ),
+    "almost_orthogonal": (
+        ANY,
+        lambda m, t: registered(geotorch.AlmostOrthogonal(m, 0.3, triv=t), *m),
+    ),
+    "invertible": (SQUARE, lambda m, t: geotorch.invertible(of_shape(*m), "weight", triv=t)),
+    "sln": (SQUARE, lambda m, t: geotorch.sln(of_shape(*m), "weight", triv=t)),
+    "psd": (SQUARE, lambda m, t: geotorch.positive_definite(of_shape(*m), "weight", triv=t)),
+    "pssd": (SQUARE, lambda m, t: geotorch.positive_semidefinite(of_shape(*m), "weight", t)),
+    "pssd_low_rank": (
+        SQUARE,
+        lambda m, t: geotorch.positive_semidefinite_low_rank(of_shape(*m), "weight", 2, t),
+    ),
+    "pssd_fixed_rank": (
+        SQUARE,
+        lambda m, t: geotorch.positive_semidefinite_fixed_rank(of_shape(*m), "weight", 2, triv=t),
+    ),
+    "alpha_stable": (SQUARE, lambda m, t: registered(geotorch.Hurwitz(m, 0.1, t), *m)),
+}
+makers = pytest.mark.parametrize("name", MAKERS)
+trivializations = pytest.mark.parametrize("triv", TRIVIALIZATIONS)
+
+
+def moved(module: nn.Module, step: float = 0.3) -> nn.Module:
+    """The module after a random step away from where it starts."""
+    with torch.no_grad():
+        for x in module.parameters():
+            x.add_(torch.randn_like(x), alpha=step)
+    return module
+
+
+def value_and_gradients(module: nn.Module, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = module.weight
+    xs = list(module.parametrizations.weight.parameters())
+    return y.detach(), *torch.autograd.grad(y, xs, g.to(y.dtype))
+
+
+@makers
+@trivializations
+def test_values_and_gradients_are_geotorchs(name, triv):
+    for shape in MAKERS[name][0]:
+        module = moved(MAKERS[name][1](shape, triv))
+        g = torch.randn(shape, dtype=torch.float64)
+        for dtype in (torch.float64, torch.float32):
+            plain = copy.deepcopy(module).to(dtype)
+            twin = tp.fuse(copy.deepcopy(plain), strict=True)
+            reference = value_and_gradients(copy.deepcopy(plain).double(), g)
+            baseline = value_and_gradients(plain, g)
+            tp.stats(reset=True)
+            result = value_and_gradients(twin, g)
+            assert tp.stats()["composed"] == 0
+            assert tp.stats()["closed"] >= 1
+            for x, base, exact in zip(result, baseline, reference, strict=True):
+                assert (x.dtype, x.shape) == (dtype, exact.shape)
+                size = torch.where(exact.norm() > g.norm(), exact.norm(), g.norm())
+                mine, theirs = (float((z.double() - exact).norm() / size) for z in (x, base))
+                # The fp64 reference is rounded like what it is compared with, in up to 3 factors.
+                floor = 128 if dtype == torch.float64 else 8
+                assert mine <= 3 * theirs + floor * torch.finfo(dtype).eps, shape
+
+
+@makers
+def test_state_assignment_and_updates_of_the_base_are_geotorchs(name):
+    triv = "cayley"  # whose values are torch's where pytorch #196592 is not
+    for shape in MAKERS[name][0][:2]:
+        module = moved(MAKERS[name][1](shape, triv))
+        twin = tp.fuse(copy.deepcopy(module), strict=True)
+        other = MAKERS[name][1](shape, triv).weight.detach()
+        outcomes = []
+        for value in (None, other, torch.full_like(other, torch.nan)):
+            for m in (module, twin):
+                m.load_state_dict(module.state_dict())
+                torch.manual_seed(1)
+                before = state(m)
+                try:
+                    if value is None:
+                        geotorch.update_base(m, "weight")
+                    else:
+                        m.weight = value
+                except (ValueError, RuntimeError) as refused:
+                    outcomes.append(f"{type(refused).__name__} {refused}")
+                    if m is twin:
+                        assert all(torch.equal(before[k], v) for k, v in state(m).items())
+                else:
+                    outcomes.append("")
+            assert outcomes[-1] == outcomes[-2]
+            if not outcomes[-1]:
+                assert list(module.state_dict()) == list(twin.state_dict())
+                for key, value in module.state_dict().items():
+                    assert torch.allclose(twin.state_dict()[key], value, rtol=0, atol=1e-9), key
+                assert torch.allclose(twin.weight, module.weight, rtol=0, atol=1e-9)
+
+
+def test_twenty_steps_are_geotorchs():
+    torch.manual_seed(1)
+    layers = [nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)]
+    network = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
+    network.double()
+    geotorch.orthogonal(layers[0])
+    geotorch.low_rank(layers[1], "weight", 3, "cayley")
+    geotorch.positive_definite(layers[2])
+    geotorch.almost_orthogonal(layers[3], triv="cayley")
+    networks = [network, tp.fuse(copy.deepcopy(network), strict=True)]
+    x, y = torch.randn(16, 8, dtype=torch.float64), torch.rand(16, 1, dtype=torch.float64)
+    for model in networks:
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        tp.stats(reset=True)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+    # A low-rank and an almost orthogonal matrix have two factors, a positive definite one has one.
+    assert tp.stats() == {"kernel": 0, "closed": 20 * (1 + 2 + 1 + 2), "composed": 0}
+    theirs, ours = (model.state_dict() for model in networks)
+    assert list(theirs) == list(ours)
+    # Adam divides by the root of the second moment: rounding grows to about 1e-13 × 1e4 a step.
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, rtol=0, atol=1e-8), key
+    for model in networks:
+        for other in (theirs, ours):
+            model.load_state_dict(other)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("end", [tp.CayleyMap, tp.MatrixExponential])
+@pytest.mark.parametrize("begin", ["Skew", "Symmetric"])
+def test_a_triangle_before_a_map_of_ours(begin, end, lower):
+    link = geotorch.Symmetric(lower) if begin == "Symmetric" else geotorch.Skew((4, 4), lower)
+    module = chained(of_shape(2, 4, 4), link, end())
+    g = torch.randn(2, 4, 4, dtype=torch.float64)
+    expected = value_and_gradients(module, g)
+    tp.fuse(module)
+    tp.stats(reset=True)
+    for x, y in zip(value_and_gradients(module, g), expected, strict=True):
+        assert torch.allclose(x, y, atol=1e-12)
+    # The Cayley map of a symmetric matrix is not orthogonal: that chain has no rule.
+    path = "composed" if (begin, end) == ("Symmetric", tp.CayleyMap) else "closed"
+    assert tp.stats()[path] == 1
+    reason = tp.explain(module)[0].reason
+    assert reason == (
+        "geotorch's Symmetric has no fused form"
+        if path == "composed"
+        else "the original is on the cpu"
+    )
+
+
+def custom(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.matrix_exp(2 * x)
+
+
+def test_what_declines_names_the_class():
+    shape = (4, 4)
+    cases = (
+        (geotorch.Skew(shape), "geotorch's Skew has no fused form"),
+        (geotorch.Symmetric(), "geotorch's Symmetric has no fused form"),
+        (geotorch.Sphere(shape), "geotorch's Sphere has no fused form"),
+        (geotorch.SphereEmbedded(shape), "geotorch's SphereEmbedded has no fused form"),
+        (geotorch.Rn(shape), "geotorch's Rn has no fused form"),
+        (geotorch.SO(shape, custom), "SO has a trivialization that is not geotorch's, custom"),
+        (geotorch.PSD(shape, triv=custom), "Stiefel has a trivialization that is not geotorch's"),
+        (geotorch.Stiefel((5, 4)), "the base does not fit the original"),
+        (geotorch.LowRank((5, 4), 2), "LowRank is of another shape than the original"),
+    )
+    for link, reason in cases:
+        row = tp.explain(tp.fuse(chained(of_shape(*shape).float(), link)))[0]
+        assert row.path == "composed"
+        assert row.reason.startswith(reason)
+    wide = tp.fuse(geotorch.orthogonal(of_shape(4, 4)))
+    stiefel = wide.parametrizations.weight[0]
+    stiefel.transposed = True
+    assert tp.explain(wide)[0].reason == "Stiefel is of another shape than the original"
+    stiefel.transposed = False
+    stiefel.base = stiefel.base.float()
+    assert tp.explain(wide)[0].reason == "the base has not the original's device and dtype"
+
+
+def test_a_part_with_hooks_or_of_another_class_declines():
+    layer = tp.fuse(geotorch.low_rank(of_shape(5, 4), "weight", 2), strict=True)
+    link = layer.parametrizations.weight[0]
+    handle = link[0].register_forward_hook(lambda *args: None)
+    assert "hooks" in tp.explain(layer)[0].reason
+    handle.remove()
+
+    class Mine(geotorch.Stiefel):
+        pass
+
+    link[2] = Mine((4, 2)).double()
+    assert tp.explain(layer)[0].reason == "a part of it is a Mine"
+    other = tp.fuse(chained(of_shape(4, 4), Mine((4, 4))))
+    assert tp.explain(other)[0].reason == "no rule for this chain"
+
+
+@pytest.mark.parametrize("triv", TRIVIALIZATIONS)
+def test_nothing_as_large_as_the_base_is_made(triv):
+    orthogonal = geotorch.orthogonal(of_shape(200, 4), triv=triv)
+    low_rank = geotorch.low_rank(of_shape(200, 150), "weight", 2, triv)
+    for module, most in ((orthogonal, 200 * 8), (low_rank, 200 * 150)):
+        tp.fuse(module, strict=True)
+        with Largest() as largest:
+            module.weight.sum().backward()
+        assert largest.entries <= most
+    with tp.use_path("composed"), Largest() as largest:
+        orthogonal.weight
+    assert largest.entries >= 200 * 200
+
+
+def test_compile_fullgraph():
+    torch.compiler.reset()
+    for make in (geotorch.orthogonal, geotorch.positive_definite):
+        module = tp.fuse(moved(make(of_shape(4, 4), triv="cayley")), strict=True)
+        compiled = torch.compile(lambda m=module: m.weight.cos(), fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(), module.weight.cos())
+
+
+def test_geotorch_is_not_imported_for_the_user():
+    code = "import sys, torch, tritonparam as tp; tp.fuse(tp.orthogonal(torch.nn.Linear(2, 2)))"
+    code += "; assert 'geotorch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "why"), [("0.3.0", "it is older"), ("0.9", ".* has no attribute 'so'"), ("", "")]
+)
+def test_another_geotorch_declines(version, why, monkeypatch):
+    other = types.SimpleNamespace(__version__=version, Stiefel=geotorch.Stiefel)
+    monkeypatch.setitem(sys.modules, "geotorch", other)
+    monkeypatch.setattr(interop, "found", ())
+    module = tp.fuse(geotorch.orthogonal(of_shape(4, 4)))
+    reason = tp.explain(module)[0].reason
+    assert re.match(rf"geotorch {version} is not like 0\.4, which is known: {why}", reason)

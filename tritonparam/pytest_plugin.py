@@ -1,0 +1,71 @@
+"""Other people's tests on fused weights: ``python -m pytest -p tritonparam.pytest_plugin FILES``.
+
+While pytest runs, everything that ``torch.nn.utils.parametrize.register_parametrization``
+registers, called by the tests, by torch's ``orthogonal``, ``spectral_norm`` and ``weight_norm`` or
+by another library, is fused as ``tritonparam.fuse`` does it. A line at the end says how often
+weights were evaluated on each path. PyTorch's own tests, for example, are
+``test/nn/test_parametrization.py`` in its repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize as torch_parametrize
+
+from tritonparam import registry
+from tritonparam.fuse import fuse_list, lists, unfuse_list
+from tritonparam.injected import share_class
+
+_running = ExitStack()
+
+
+@contextmanager
+def fused_registrations() -> Iterator[None]:
+    """Fuse every list that torch's registration makes or extends inside the block.
+
+    It is for tests: the function is replaced for the whole process. Names that were imported from
+    the module before keep the original.
+
+    >>> from torch.nn.utils.parametrizations import orthogonal
+    >>> with fused_registrations():
+    ...     layer = orthogonal(nn.Linear(3, 3))
+    >>> import tritonparam as tp
+    >>> tp.explain(layer)[0].path
+    'closed'
+    """
+    register = torch_parametrize.register_parametrization
+
+    @wraps(register)
+    def registered(
+        module: nn.Module, tensor_name: str, parametrization: nn.Module, **options: Any
+    ) -> nn.Module:
+        unfuse_list(module)  # a list whose originals are parametrized in turn
+        register(module, tensor_name, parametrization, **options)
+        fuse_list(lists(module)[tensor_name])
+        share_class(module)
+        return module
+
+    torch_parametrize.register_parametrization = registered
+    try:
+        yield
+    finally:
+        torch_parametrize.register_parametrization = register
+
+
+def pytest_configure() -> None:  # noqa: D103
+    _running.enter_context(fused_registrations())
+    registry.stats(reset=True)
+
+
+def pytest_unconfigure() -> None:  # noqa: D103
+    _running.close()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:  # noqa: D103
+    counts = ", ".join(f"{n} {path}" for path, n in registry.stats().items())
+    terminalreporter.write_line(f"tritonparam: {counts} evaluations of fused weights")
