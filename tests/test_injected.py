@@ -185,3 +185,10 @@ def test_classes_are_freed_with_their_modules():
     gc.collect()  # the class, which frees its table entry
     gc.collect()  # what it was made of
     assert [x() for x in alive] == [None, None]
+
+
+def test_a_copy_that_torch_made_is_fused_and_removed_alone():
+    layer = torch.nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
+    twin = tp.fuse(copy.deepcopy(layer))
+    tp.remove_parametrizations(twin, "weight")
+    assert torch.allclose(layer.weight, twin.weight, atol=1e-6)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 _shared: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDictionary()
-_OF_ABC = ("_abc_impl", "__abstractmethods__")
+_OF_PYTHON = ("__slotnames__", "_abc_impl", "__abstractmethods__")  # of copies, of ABCs
 
 
 def share_class(module: nn.Module, *more: str) -> None:
@@ -112,7 +112,7 @@ def _is_torchs(cls: type) -> bool:
     if getattr(refusal, "__module__", None) != torch_parametrize.__name__:
         return False
     added = {name for name, value in vars(cls).items() if not _is_injected(value)}
-    return added <= {"__getstate__", "__deepcopy__", "__module__", "__doc__", *_OF_ABC}
+    return added <= {"__getstate__", "__deepcopy__", "__module__", "__doc__", *_OF_PYTHON}
 
 
 @lru_cache
