@@ -52,6 +52,7 @@ FLOORS = {
     "explain": 5.1,
     "info": 5.1,
     "parametrizations": 5.2,
+    "rnn": 5.2,
     "tritonparam": 6,
     "demos": 7,
     "demos.rnn": 7,

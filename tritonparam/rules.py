@@ -19,7 +19,7 @@ from tritonparam.ops import (
     tall_expm,
     weight_norm,
 )
-from tritonparam.orthogonal import Orthogonal, tall
+from tritonparam.orthogonal import Orthogonal, OrthogonalGates, tall
 from tritonparam.registry import Rule, no_kernel
 
 _NO_SIGNS = object()  # an alias has none
@@ -100,6 +100,16 @@ def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     return no_kernel(x)
 
 
+def _gates(links: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return cast(OrthogonalGates, links[0]).split(x)
+
+
+def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
+    if not cast(OrthogonalGates, links[0]).fits(x):
+        return "the original has no square gates"
+    return _orthogonal_declines(links, _gates(links, x))
+
+
 def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
     link: Any = links[0]
     if w.dim() < 2:
@@ -154,6 +164,13 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
+    ),
+    Rule(
+        name="orthogonal",
+        chain=(OrthogonalGates,),
+        op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
+        declines=_gates_decline,
+        kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
     ),
     Rule(
         name="spectral_norm",
