@@ -15,9 +15,11 @@ from tritonparam import registry
 
 
 class _Reads(threading.local):
-    """The weights read inside ``cached()`` in this thread, or None outside."""
+    """The weights read in this thread inside ``cached()`` and ``traced()``; None outside."""
 
-    weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
+    def __init__(self) -> None:  # not in the class, where a compiler's guards do not see it
+        self.weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
+        self.traced: dict[Hashable, Tensor] | None = None
 
 
 _reads = _Reads()
@@ -51,18 +53,39 @@ def cached() -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def traced() -> Iterator[None]:
+    """``cached()`` around one forward that a compiler traces, which sees no versions of tensors."""
+    before, _reads.traced = _reads.traced, {}
+    try:
+        yield
+    finally:
+        _reads.traced = before
+
+
 def read(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
     """The weight of a list: ``evaluate()``, or what it gave last in this ``cached()`` block."""
-    weights = _reads.weights
-    if weights is None or torch.compiler.is_compiling():
+    weights, traced = _reads.weights, _reads.traced
+    if weights is None and traced is None:
         return evaluate()
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return evaluate() if traced is None else _read_traced(traced, plist, evaluate)
+    if weights is None or torch._C._are_functorch_transforms_active():
         return evaluate()
     key, weight = weights.get(plist, (None, None))
     if weight is None or key != _key(plist):
         weight = evaluate()
         weights[plist] = (_key(plist), weight)  # links may have written to their buffers
     return weight
+
+
+def _read_traced(
+    traced: dict[Hashable, Tensor], plist: nn.Module, evaluate: Callable[[], Tensor]
+) -> Tensor:
+    key = id(plist), torch.is_grad_enabled()
+    if key not in traced:
+        traced[key] = evaluate()
+    return traced[key]
 
 
 def _key(plist: nn.Module) -> Hashable:

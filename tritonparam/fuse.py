@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from tritonparam import cache, registry
+from tritonparam import cache, once, registry
 from tritonparam.rules import RULES
 from tritonparam.transaction import restored_on_error, stand_in, write
 
@@ -134,15 +134,23 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
         raise
     for module in modules:
         own_class(module)
+    for module in model.modules():
+        if type(module) is nn.MultiheadAttention and _is_fused(module.out_proj):
+            module.__class__ = once.MultiheadAttention
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused tensor of a model back to torch's own evaluation, and return the model."""
     require_module("unfuse", model)
-    for _, _, plist in parametrized_tensors(model):
-        if type(plist) is FusedParametrizationList:
+    for module in model.modules():
+        fused = [p for p in lists(module).values() if type(p) is FusedParametrizationList]
+        for plist in fused:
             plist.__class__ = ParametrizationList  # type: ignore[assignment]
+        if fused:
+            own_class(module)
+        if type(module) is once.MultiheadAttention:
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     return model
 
 
@@ -150,7 +158,8 @@ def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class that no other module shares, nor any copy made of it.
 
     torch makes one class per module and injects the properties there, but deepcopy shares it, so
-    that registering or removing on one copy breaks the other.
+    that registering or removing on one copy breaks the other. While a list of the module is fused,
+    the class also has the forward that reads every weight once.
     """
     cls: Any = type(module)
     theirs = getattr(cls.__deepcopy__, "_theirs", cls.__deepcopy__)
@@ -162,8 +171,16 @@ def own_class(module: nn.Module) -> None:
         return replica
 
     deepcopy._theirs = theirs  # type: ignore[attr-defined]
-    content = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    anew = {"__dict__", "__weakref__", *once.NAMES}
+    content = {k: v for k, v in vars(cls).items() if k not in anew}
+    if _is_fused(module):
+        content |= once.methods(module)
     module.__class__ = type(cls.__name__, cls.__bases__, {**content, "__deepcopy__": deepcopy})
+    once.forget(module)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return any(type(plist) is FusedParametrizationList for plist in lists(module).values())
 
 
 def parametrized_tensors(
