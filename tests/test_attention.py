@@ -100,21 +100,52 @@ def test_unfuse_and_removal_give_torchs_back(layout):
     assert type(tp.unfuse(module)) is nn.MultiheadAttention
 
 
-@pytest.mark.parametrize("layout", ["both", "output"])
-def test_compiled(layout):
+def encoder_layer() -> nn.Module:
+    names = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight")
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    return constrained(layer, *names)
+
+
+def test_a_layer_around_it_evaluates_once():
+    layer, x = encoder_layer(), torch.randn(2, 3, 4, dtype=torch.float64)
+    once = tp.fuse(deepcopy(layer))
+    assert isinstance(once, nn.TransformerEncoderLayer)
+    for mode in (True, False):
+        layer.train(mode)
+        once.train(mode)
+        calls(once)
+        assert_same(once, layer, x)
+        assert calls(once) == [1, 1, 1]
+    with torch.no_grad():
+        assert torch.allclose(once(x), layer(x))
+    assert calls(once) == [1, 1, 1]
+    assert repr(once) == repr(layer)
+    assert type(tp.unfuse(once)) is nn.TransformerEncoderLayer
+
+
+def test_compiled():
     torch.compiler.reset()
-    module, qkv = attention(layout)
+    module, qkv = attention("both")
     tp.fuse(module)
     ones = [1] * len(calls(module))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert_same(compiled, module, *qkv)
-    compiled(*qkv)
     calls(module)
     compiled(*qkv)
     assert calls(module) == ones
     exported = torch.export.export(module, qkv)
     assert torch.allclose(exported.module()(*qkv)[0], module(*qkv)[0])
+
+
+def test_a_compiled_layer_around_it():
+    torch.compiler.reset()
+    layer, x = tp.fuse(encoder_layer()).eval(), torch.randn(2, 3, 4, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x), layer(x))
+    calls(layer)
+    compiled(x)
+    assert calls(layer) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.RNN])

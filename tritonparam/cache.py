@@ -15,11 +15,11 @@ from tritonparam import registry
 
 
 class _Reads(threading.local):
-    """The weights read in this thread inside ``cached()`` and ``traced()``; None outside."""
+    """The weights read in this thread inside ``cached()`` and ``steady()``; None outside."""
 
     def __init__(self) -> None:  # not in the class, where a compiler's guards do not see it
         self.weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
-        self.traced: dict[Hashable, Tensor] | None = None
+        self.steady: dict[Hashable, Tensor] | None = None
 
 
 _reads = _Reads()
@@ -54,38 +54,43 @@ def cached() -> Iterator[None]:
 
 
 @contextmanager
-def traced() -> Iterator[None]:
-    """``cached()`` around one forward that a compiler traces, which sees no versions of tensors."""
-    before, _reads.traced = _reads.traced, {}
+def steady() -> Iterator[None]:
+    """Evaluate every weight once in a block that changes none: nothing is looked at again.
+
+    Such are the forwards of torch's own modules, and what a compiler traces sees no versions.
+    """
+    before = _reads.steady
+    _reads.steady = {} if before is None else before
     try:
         yield
     finally:
-        _reads.traced = before
+        _reads.steady = before
 
 
 def read(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
-    """The weight of a list: ``evaluate()``, or what it gave last in this ``cached()`` block."""
-    weights, traced = _reads.weights, _reads.traced
-    if weights is None and traced is None:
+    """The weight of a list: ``evaluate()``, or what it gave last in the block around."""
+    weights, steady = _reads.weights, _reads.steady
+    if weights is None and steady is None:
         return evaluate()
-    if torch.compiler.is_compiling():
-        return evaluate() if traced is None else _read_traced(traced, plist, evaluate)
-    if weights is None or torch._C._are_functorch_transforms_active():
+    if steady is None:
+        return _read_checked(plist, evaluate)
+    key = plist, torch.is_grad_enabled()
+    if key not in steady:
+        steady[key] = _read_checked(plist, evaluate)
+    return steady[key]
+
+
+def _read_checked(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
+    weights = _reads.weights
+    if weights is None or torch.compiler.is_compiling():
+        return evaluate()
+    if torch._C._are_functorch_transforms_active():
         return evaluate()
     key, weight = weights.get(plist, (None, None))
     if weight is None or key != _key(plist):
         weight = evaluate()
         weights[plist] = (_key(plist), weight)  # links may have written to their buffers
     return weight
-
-
-def _read_traced(
-    traced: dict[Hashable, Tensor], plist: nn.Module, evaluate: Callable[[], Tensor]
-) -> Tensor:
-    key = id(plist), torch.is_grad_enabled()
-    if key not in traced:
-        traced[key] = evaluate()
-    return traced[key]
 
 
 def _key(plist: nn.Module) -> Hashable:

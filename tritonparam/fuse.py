@@ -92,7 +92,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Evaluate every parametrized tensor of a model fused where a rule takes its chain.
 
     Nothing else about the model changes: parameters, state_dict keys, assignment, removal, repr.
-    Chains that no rule takes stay composed; ``explain(model)`` says which and why.
+    Chains that no rule takes stay composed; ``explain(model)`` says which and why. They too are
+    evaluated once per forward where torch reads a weight several times: RNNs and attention.
 
     Arguments:
         model: any module; it is changed in place.
@@ -135,8 +136,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     for module in modules:
         own_class(module)
     for module in model.modules():
-        if type(module) is nn.MultiheadAttention and _is_fused(module.out_proj):
-            module.__class__ = once.MultiheadAttention
+        if type(module) in once.READERS and any(map(_is_fused, module.modules())):
+            module.__class__ = once.READERS[type(module)]
     return model
 
 
@@ -149,8 +150,8 @@ def unfuse(model: nn.Module) -> nn.Module:
             plist.__class__ = ParametrizationList  # type: ignore[assignment]
         if fused:
             own_class(module)
-        if type(module) is once.MultiheadAttention:
-            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+        if type(module) in once.READERS.values():
+            module.__class__ = type(module).__bases__[0]
     return model
 
 

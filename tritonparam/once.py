@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonparam.cache import cached, traced
+from tritonparam.cache import cached, steady
 
 
 class _Forward(threading.local):
@@ -91,18 +91,30 @@ _RNN = {
 def _cached(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward in which every weight is evaluated once."""
 
+    changes_nothing = forward is nn.MultiheadAttention.forward
+
     @functools.wraps(forward)
     def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with traced() if torch.compiler.is_compiling() else cached():
+        with steady() if changes_nothing or torch.compiler.is_compiling() else cached():
             return forward(self, *args, **kwargs)
 
     return once
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """torch's class, for when nothing is parametrized but the projection in a module of its own."""
+    """torch's class, which also reads the weight of the projection that it holds."""
 
     forward = _cached(nn.MultiheadAttention.forward)
 
 
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
+    """torch's class, which also reads the weights of the modules that it holds."""
+
+    forward = _cached(nn.TransformerEncoderLayer.forward)
+
+
 NAMES = ("forward", *_RNN)
+READERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+}
