@@ -236,6 +236,8 @@ def test_removal_gives_torchs_rnn_back(remove):
     remove(rnn, "weight_hh_l0")
     assert type(rnn) is nn.LSTM
     assert rnn.weight_hh_l0 is original
+    if remove is tp.remove_parametrizations:
+        torch.jit.script(rnn)
     assert torch.allclose(rnn(x)[0], y, atol=1e-6)
     names = rnn._flat_weights_names
     assert all(w is getattr(rnn, n) for w, n in zip(rnn._flat_weights, names, strict=True))

@@ -72,10 +72,10 @@ def _read_again(rnn: nn.RNNBase) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Empty an RNN's own list of weights; torch fills it in when they are not parametrized."""
+    """Leave only plain parameters in an RNN's own list, and have torch look at it once more."""
     if isinstance(module, nn.RNNBase):
-        n = len(module._flat_weights_names)
-        vars(module).update(_flat_weights=[None] * n, _flat_weight_refs=[_GONE] * n)
+        plain = [module._parameters.get(name) for name in module._flat_weights_names]
+        vars(module).update(_flat_weights=plain, _flat_weight_refs=[_GONE] * len(plain))
 
 
 _RNN = {

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils.parametrize import is_parametrized
 
+from tritonparam import once
 from tritonparam.fuse import fuse_list, lists, own_class, require_module, swap_originals
 from tritonparam.transaction import restored_on_error, stand_in, write
 
@@ -154,4 +155,5 @@ def remove_parametrizations(
     if names_before is not None:
         for name in [n for n in home if n != tensor_name and n not in names_before]:
             home[name] = home.pop(name)
+    once.forget(module)
     return module
