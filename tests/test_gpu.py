@@ -110,3 +110,37 @@ def test_cudnn_rnn(cell):
         results.append([y.detach().cpu(), rnn.parametrizations.weight_hh_l0.original.grad.cpu()])
     for on_cpu, on_gpu in zip(*results, strict=True):
         assert torch.allclose(on_cpu, on_gpu, rtol=1e-3, atol=1e-3)  # cuDNN may use TF32
+
+
+@pytest.mark.parametrize("layout", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM, nn.GRU])
+def test_cudnn_takes_weights_that_are_evaluated_once(cell, layout):
+    rnn = cell(8, 16, **layout)
+    names = [n for n, _ in rnn.named_parameters() if n.startswith("weight_hh")]
+    for name in names:
+        tp.orthogonal_gates(rnn, name, "cayley")
+    x = torch.randn(10, 4, 8)
+    on_cpu = _gradients_of_two_forwards(rnn, x)
+    rnn.cuda()
+    storages = [p.data_ptr() for p in rnn.parameters()]
+    rnn.flatten_parameters()
+    tp.stats(reset=True)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        on_gpu = _gradients_of_two_forwards(rnn, x.cuda())
+        assert sum(tp.stats().values()) == 2 * len(names)
+        with tp.cached():  # of weights that both forwards share
+            shared = _gradients_of_two_forwards(rnn, x.cuda())
+    for reference, *found in zip(on_cpu, on_gpu, shared, strict=True):
+        for dw in found:
+            assert error(dw.cpu().flatten()[None], reference.flatten()[None]) <= 1e-4
+    assert [p.data_ptr() for p in rnn.parameters()] == storages
+    for name in names:
+        tp.remove_parametrizations(rnn, name)
+    rnn(x.cuda())[0].sum().backward()
+    assert all(p.grad is not None for p in rnn.parameters())
+
+
+def _gradients_of_two_forwards(rnn, x):
+    """Both are differentiated at once, so that neither may write to what the other has saved."""
+    loss = rnn(x)[0].square().mean() + rnn(2 * x)[0].square().mean()
+    return torch.autograd.grad(loss, list(rnn.parameters()))

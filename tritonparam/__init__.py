@@ -20,6 +20,7 @@ from tritonparam.links import Pruning as Pruning
 from tritonparam.links import Skew as Skew
 from tritonparam.links import Symmetric as Symmetric
 from tritonparam.orthogonal import Orthogonal as Orthogonal
+from tritonparam.orthogonal import OrthogonalGates as OrthogonalGates
 from tritonparam.parametrizations import orthogonal as orthogonal
 from tritonparam.parametrizations import positive_definite as positive_definite
 from tritonparam.parametrizations import skew as skew
@@ -32,4 +33,5 @@ from tritonparam.register import remove_parametrizations as remove_parametrizati
 from tritonparam.registry import alias as alias
 from tritonparam.registry import stats as stats
 from tritonparam.registry import use_path as use_path
+from tritonparam.rnn import orthogonal_gates as orthogonal_gates
 from tritonparam.tuner import tune as tune

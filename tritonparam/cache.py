@@ -15,9 +15,11 @@ from tritonparam import registry
 
 
 class _Reads(threading.local):
-    """The weights read inside ``cached()`` in this thread, or None outside."""
+    """The weights read in this thread inside ``cached()`` and ``steady()``; None outside."""
 
-    weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
+    def __init__(self) -> None:  # not in the class, where a compiler's guards do not see it
+        self.weights: WeakKeyDictionary[nn.Module, tuple[Hashable, Tensor]] | None = None
+        self.steady: dict[Hashable, Tensor] | None = None
 
 
 _reads = _Reads()
@@ -51,8 +53,34 @@ def cached() -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def steady() -> Iterator[None]:
+    """Evaluate every weight once in a block that changes none: nothing is looked at again.
+
+    Such are the forwards of torch's own modules, and what a compiler traces sees no versions.
+    """
+    before = _reads.steady
+    _reads.steady = {} if before is None else before
+    try:
+        yield
+    finally:
+        _reads.steady = before
+
+
 def read(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
-    """The weight of a list: ``evaluate()``, or what it gave last in this ``cached()`` block."""
+    """The weight of a list: ``evaluate()``, or what it gave last in the block around."""
+    weights, steady = _reads.weights, _reads.steady
+    if weights is None and steady is None:
+        return evaluate()
+    if steady is None:
+        return _read_checked(plist, evaluate)
+    key = plist, torch.is_grad_enabled()
+    if key not in steady:
+        steady[key] = _read_checked(plist, evaluate)
+    return steady[key]
+
+
+def _read_checked(plist: nn.Module, evaluate: Callable[[], Tensor]) -> Tensor:
     weights = _reads.weights
     if weights is None or torch.compiler.is_compiling():
         return evaluate()

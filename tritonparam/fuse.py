@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from tritonparam import cache, declared, interop, registry
+from tritonparam import cache, declared, interop, once, registry
 from tritonparam.injected import share_class
 from tritonparam.transaction import restored_on_error, stand_in, write
 
@@ -90,7 +90,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     """Evaluate every parametrized tensor of a model fused where a rule takes its chain.
 
     Nothing else about the model changes: parameters, state_dict keys, assignment, removal, repr.
-    Chains that no rule takes stay composed; ``explain(model)`` says which and why.
+    Chains that no rule takes stay composed; ``explain(model)`` says which and why. They too are
+    evaluated once per forward where torch reads a weight several times: RNNs and attention.
 
     Arguments:
         model: any module; it is changed in place.
@@ -131,16 +132,38 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
             unfuse_list(plist)
         raise
     for module in modules:
-        share_class(module)
+        inject(module)
+    for module in model.modules():
+        if type(module) in once.READERS and any(map(_is_fused, module.modules())):
+            module.__class__ = once.READERS[type(module)]
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Give every fused tensor of a model back to torch's own evaluation, and return the model."""
     require_module("unfuse", model)
-    for _, _, plist in parametrized_tensors(model):
-        unfuse_list(plist)
+    for module in model.modules():
+        plists = list(lists(module).values())
+        for plist in plists:
+            unfuse_list(plist)
+        if plists:
+            inject(module)
+        if type(module) in once.READERS.values():
+            module.__class__ = type(module).__bases__[0]
     return model
+
+
+def inject(module: nn.Module, *more: str) -> None:
+    """Give a parametrized module the class of its kind, with the properties of `more` as well.
+
+    While a list of the module is fused, the class has the forward that reads every weight once.
+    """
+    share_class(module, *more, content=once.methods if _is_fused(module) else None)
+    once.forget(module)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return any(type(plist) is FusedParametrizationList for plist in lists(module).values())
 
 
 def parametrized_tensors(

@@ -2,8 +2,8 @@
 
 torch makes a class for every module it parametrizes and injects its properties there. So equal
 blocks are of different types, which a compiler compiles one by one; copies are of one, which
-breaks when one of them is parametrized anew; and none can be pickled, as no import finds it. Here
-a class is made of what was the module's class and of the names of the parametrized tensors.
+breaks when one of them is parametrized anew. Here a class is made of what was the module's class
+and of the names of the parametrized tensors.
 """
 
 from __future__ import annotations
@@ -19,32 +19,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
-_shared: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDictionary()
+Content = Callable[[type], dict[str, Any]]
+_shared: WeakValueDictionary[tuple[type, tuple[str, ...], Content | None], type]
+_shared = WeakValueDictionary()
 _OF_PYTHON = ("__slotnames__", "_abc_impl", "__abstractmethods__")  # of copies, of ABCs
 
 
-def share_class(module: nn.Module, *more: str) -> None:
+def share_class(module: nn.Module, *more: str, content: Content | None = None) -> None:
     """Give a parametrized module the class that all of its kind share, for `more` tensors as well.
 
+    `content`, called with the class before parametrizations, returns what else the class has.
     A class that is not torch's alone stays: FSDP's, or one to which somebody has added methods.
     """
     cls = type(module)
     if isinstance(cls, _Shared) or _is_torchs(cls):
         parametrized: Any = module.parametrizations
-        module.__class__ = shared_class(cls.__bases__[0], *sorted({*parametrized, *more}))
+        names = tuple(sorted({*parametrized, *more}))
+        module.__class__ = _shared_class(cls.__bases__[0], names, content)
 
 
-def shared_class(base: type, *names: str) -> type:
+def _shared_class(base: type, names: tuple[str, ...], content: Content | None) -> type:
     """The class of modules of class `base` with these tensors parametrized, in sorted order."""
-    cls = _shared.get((base, names))
+    cls = _shared.get((base, names, content))
     if cls is None:
-        content: dict[str, Any] = {name: parametrized_tensor(name) for name in names}
-        content["__module__"] = torch_parametrize.__name__
+        body: dict[str, Any] = {name: parametrized_tensor(name) for name in names}
+        body |= {"__module__": torch_parametrize.__name__, "__getstate__": _refuse}
         if not hasattr(base, "__deepcopy__"):
-            content["__deepcopy__"] = _deepcopy
-        cls = _metaclass(type(base))(f"Parametrized{base.__name__}", (base,), content)
-        _shared[base, names] = cls
+            body["__deepcopy__"] = _deepcopy
+        body |= content(base) if content else {}
+        cls = _metaclass(type(base))(f"Parametrized{base.__name__}", (base,), body)
+        _shared[base, names, content] = cls
     return cls
+
+
+def _refuse(self: nn.Module) -> Any:
+    raise RuntimeError(
+        "Serialization of parametrized modules is only supported through state_dict(): save "
+        "model.state_dict(), and load it into a model that is parametrized in the same way."
+    )
 
 
 @lru_cache
@@ -117,12 +129,5 @@ def _is_torchs(cls: type) -> bool:
 
 @lru_cache
 def _metaclass(of: type) -> type:
-    """The class of classes that share and are of class `of` too; they are pickled by recipe."""
-    metaclass = _Shared if of is type else type("_Shared", (_Shared, of), {})
-    copyreg.pickle(metaclass, _recipe)
-    return metaclass
-
-
-def _recipe(cls: type) -> tuple[Any, ...]:
-    names = sorted(name for name, value in vars(cls).items() if _is_injected(value))
-    return shared_class, (cls.__bases__[0], *names)
+    """The class of classes that share and are of class `of` too."""
+    return _Shared if of is type else type("_Shared", (_Shared, of), {})

@@ -115,6 +115,50 @@ class Orthogonal(nn.Module):
         return is_orthonormal(t, base.dtype)
 
 
+class OrthogonalGates(Orthogonal):
+    """``Orthogonal`` for every one of the square gates that stand on one another in a weight.
+
+    X is [gates·h, h], and so is the result; `base` is [gates, h, h].
+
+    Arguments:
+        gates: how many there are.
+        orthogonal_map, use_trivialization: those of ``Orthogonal``.
+
+    >>> w = OrthogonalGates(2, "cayley", use_trivialization=False)(torch.ones(6, 3))
+    >>> torch.allclose(w[:3].T @ w[:3], torch.eye(3), atol=1e-6)
+    True
+    """
+
+    def __init__(self, gates: int, orthogonal_map: str, *, use_trivialization: bool = True) -> None:
+        super().__init__(orthogonal_map, use_trivialization=use_trivialization)
+        self.gates = gates
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{self.gates}, {super().extra_repr()}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any [gates·h, h] to one whose gates are orthogonal."""
+        return super().forward(self.split(x)).flatten(0, 1)
+
+    @torch.no_grad()
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """The original of `w`, whose gates become the base point; projected by QR as above."""
+        return super().right_inverse(self.split(w)).flatten(0, 1)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x has the shape [gates·h, h]."""
+        return x.dim() == 2 and x.size(0) == self.gates * x.size(1)
+
+    def split(self, x: Tensor) -> Tensor:
+        """The gates of x, [gates, h, h]."""
+        if not self.fits(x):
+            raise ValueError(
+                f"OrthogonalGates: the tensor must have shape [{self.gates}·h, h], got "
+                f"{list(x.shape)}; the gates of other shapes are not square."
+            )
+        return x.unflatten(0, (self.gates, x.size(1)))
+
+
 def require_map(who: str, orthogonal_map: str) -> str:
     """Raise ValueError if there is no such map; return its name."""
     if orthogonal_map not in MAPS:

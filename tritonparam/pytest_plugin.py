@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 from tritonparam import registry
-from tritonparam.fuse import fuse_list, lists, unfuse_list
-from tritonparam.injected import share_class
+from tritonparam.fuse import fuse_list, inject, lists, unfuse_list
 
 _running = ExitStack()
 
@@ -47,7 +46,7 @@ def fused_registrations() -> Iterator[None]:
         unfuse_list(module)  # a list whose originals are parametrized in turn
         register(module, tensor_name, parametrization, **options)
         fuse_list(lists(module)[tensor_name])
-        share_class(module)
+        inject(module)
         return module
 
     torch_parametrize.register_parametrization = registered

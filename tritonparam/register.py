@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils.parametrize import is_parametrized
 
-from tritonparam.fuse import fuse_list, lists, require_module, swap_originals
-from tritonparam.injected import share_class
+from tritonparam import once
+from tritonparam.fuse import fuse_list, inject, lists, require_module, swap_originals
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -72,13 +72,13 @@ def register_parametrization(
         holders.append(cast(nn.ModuleDict, module.parametrizations))
     with restored_on_error(*holders, links=links):
         if is_parametrized(module):
-            share_class(module, tensor_name)
+            inject(module, tensor_name)
         if real is not None:
             home[tensor_name] = stand_in(real)
         for link in links:
             _register_one(module, tensor_name, link, unsafe)
         plist = fuse_list(lists(module)[tensor_name])
-        share_class(module)
+        inject(module)
     if real is not None:
         plist.names_before = tuple(names[: names.index(tensor_name)])
         if plist.is_tensor:
@@ -147,14 +147,15 @@ def remove_parametrizations(
             leave_parametrized = False
         else:
             value = None  # torch knows what can be done about it
-    share_class(module)
+    inject(module)
     torch_parametrize.remove_parametrizations(module, tensor_name, leave_parametrized)
     if is_parametrized(module):
-        share_class(module)
+        inject(module)
     if value is not None:
         write(getattr(module, tensor_name), value)
     home = _home(module, tensor_name)
     if names_before is not None:
         for name in [n for n in home if n != tensor_name and n not in names_before]:
             home[name] = home.pop(name)
+    once.forget(module)
     return module

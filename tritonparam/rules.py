@@ -19,7 +19,7 @@ from tritonparam.ops import (
     tall_expm,
     weight_norm,
 )
-from tritonparam.orthogonal import Orthogonal, tall
+from tritonparam.orthogonal import Orthogonal, OrthogonalGates, tall
 from tritonparam.registry import Rule, no_kernel
 
 _NO_SIGNS = object()  # an alias has none
@@ -150,6 +150,16 @@ def _torch_orthogonal_differs(links: Sequence[nn.Module], x: Tensor) -> str:
     return "the signs of the original's diagonal count, where torch truncates it to integers"
 
 
+def _gates(links: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return cast(OrthogonalGates, links[0]).split(x)
+
+
+def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
+    if not cast(OrthogonalGates, links[0]).fits(x):
+        return "the original has no square gates"
+    return _orthogonal_declines(links, _gates(links, x))
+
+
 def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
     link: Any = links[0]
     if w.dim() < 2:
@@ -217,6 +227,13 @@ RULES = (
             cast(Any, links[0]).orthogonal_map.name, x
         ),
         differs=_torch_orthogonal_differs,
+    ),
+    Rule(
+        name="orthogonal",
+        chain=(OrthogonalGates,),
+        op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
+        declines=_gates_decline,
+        kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
     ),
     Rule(
         name="spectral_norm",
