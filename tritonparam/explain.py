@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast, overload
 
 import torch
 from torch import nn
 
-from tritonparam import registry
+from tritonparam import legacy, registry
 from tritonparam.fuse import (
     FusedParametrizationList,
     decline_reason,
@@ -91,7 +91,20 @@ def explain(model: nn.Module) -> Explanation:
             path, reason = _fused_path(cast(FusedParametrizationList, plist).plan(), tensors)
         chain = tuple(type(link).__name__ for link in plist._modules.values())
         rows.append(Row(name, chain, tuple(largest.shape), largest.dtype, path, reason))
-    return Explanation(rows)
+    return Explanation([*rows, *_legacy(model)])
+
+
+def _legacy(model: nn.Module) -> Iterator[Row]:
+    """The weights that torch's legacy hooks compute."""
+    for module, name, hook in legacy.hooks(model):
+        x, norm = legacy.original(module, hook), type(hook).__name__
+        if x is not None:
+            call = type(hook).__module__
+            reason = (
+                f"not parametrized: a hook of the legacy {call} computes it; "
+                "fuse(model, legacy=True) converts it"
+            )
+            yield Row(name, (norm,), tuple(x.shape), x.dtype, "composed", reason)
 
 
 def _fused_path(steps: list[registry.Step], tensors: Sequence[torch.Tensor]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tritonparam.ops import (
 )
 from tritonparam.orthogonal import Orthogonal, tall
 from tritonparam.registry import Rule, no_kernel
+from tritonparam.stepped import SteppedSpectralNorm
 
 _NO_SIGNS = object()  # an alias has none
 
@@ -119,6 +121,15 @@ def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> s
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
 
 
+_SPECTRAL_NORM = Rule(
+    name="spectral_norm",
+    chain=(_SpectralNorm,),
+    op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
+    declines=_spectral_norm_declines,
+    kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
+    size=Tensor.numel,
+)
+
 RULES = (
     Rule(
         name="cayley",
@@ -155,14 +166,8 @@ RULES = (
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
     ),
-    Rule(
-        name="spectral_norm",
-        chain=(_SpectralNorm,),
-        op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
-        declines=_spectral_norm_declines,
-        kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
-        size=Tensor.numel,
-    ),
+    _SPECTRAL_NORM,
+    replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
     Rule(
         name="weight_norm",
         chain=(_WeightNorm,),

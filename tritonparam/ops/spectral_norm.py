@@ -145,12 +145,8 @@ _iterate_and_divide = EagerMap(
 )
 
 
-def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
-    if not link.training:
-        # Copies: the buffers may change between this read and its backward pass.
-        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
-        return u, v, torch.dot(u, torch.mv(w, v))
+def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and Wᵀu in fresh storage, after the link's iterations, which its buffers keep."""
     v = link._v.to(w.dtype)
     for _ in range(link.n_power_iterations):
         u = torch.mv(w, v)
@@ -159,7 +155,25 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v = q / vector_norm(q).clamp_min_(link.eps)
     link._u.copy_(u)
     link._v.copy_(v)
+    return u, v, q
+
+
+def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
+    if not link.training:
+        # Copies: the buffers may change between this read and its backward pass.
+        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
+        return u, v, torch.dot(u, torch.mv(w, v))
+    u, v, q = _iterate(link, w)
     return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
+
+
+@torch.no_grad()
+def advance(link: Any, w: Tensor) -> None:
+    """Run the link's power iterations on w, as a read in train mode does, and compute no value."""
+    if w.dim() > 1:
+        with no_autocast(w):
+            _iterate(link, _matrix(w.to(compute_dtype(w.dtype)), link.dim))
 
 
 def spectral_norm(link: Any, w: Tensor) -> Tensor:
