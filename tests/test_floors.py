@@ -32,6 +32,7 @@ FLOORS = {
     "logm": 1.1,
     "exponential": 1.1,
     "configs": 1.9,
+    "failures": 1.9,
     "registry": 2,
     "links": 2,
     "orthogonal": 2.1,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tritonparam import configs
+from tritonparam import configs, failures
 from tritonparam.configs import PATHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,6 +51,8 @@ class Rule:
             the op takes its closed form, or the empty string where its Triton kernel runs.
         size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
             table of measured paths is asked.
+        launches: called as ``launches(links, *tensors)``; returns how many Triton kernels the
+            forward and the backward pass launch where `kernel_declines` is empty.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Rule:
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
+    launches: Callable[..., tuple[int, int]] | None = None
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -168,7 +171,20 @@ def kernel_declines(chain: str, x: Tensor, n: int) -> str:
         return declined
     if measured(chain, x, n) == "closed":
         return f"the closed form was measured faster at n = {n} on this device"
+    if cause := failures.cause(chain, x, n):
+        return f"Triton cannot compile its kernel here ({cause})"
     return ""
+
+
+def fall_back(error: Exception, chain: str, x: Tensor, n: int) -> None:
+    """Go on with the closed form after an error of a kernel, with a warning once for the chain.
+
+    Only where Triton's compiler is what failed, and not under ``use_path("kernel")``: else the
+    error is raised again. From then on ``kernel_declines`` answers for the same arguments.
+    """
+    if _override == "kernel" or not kernels().cannot_compile(error):
+        raise error
+    failures.remember(chain, x, n, error)
 
 
 def device_declines(x: Tensor) -> str:

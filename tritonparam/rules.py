@@ -128,6 +128,7 @@ _SPECTRAL_NORM = Rule(
     declines=_spectral_norm_declines,
     kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
     size=Tensor.numel,
+    launches=lambda links, w: spectral_norm.launches(links[0], w),
 )
 
 RULES = (
@@ -137,6 +138,7 @@ RULES = (
         op=_skew_cayley,
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
+        launches=lambda links, w: cayley.launches(w),
     ),
     Rule(
         name="skew_exp",
@@ -144,6 +146,7 @@ RULES = (
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
+        launches=lambda links, w: expm.launches(w, "skew"),
     ),
     Rule(
         name="symmetric_exp",
@@ -151,6 +154,7 @@ RULES = (
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
+        launches=lambda links, w: expm.launches(w, "symmetric"),
     ),
     Rule(
         name="matrix_exp",
@@ -165,6 +169,7 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
+        launches=lambda links, x: expm.launches(x, "skew"),
     ),
     _SPECTRAL_NORM,
     replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
@@ -175,5 +180,6 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
+        launches=lambda links, g, v: weight_norm.launches(links[0], v),
     ),
 )

@@ -23,6 +23,11 @@ def kernel_declines(w: Tensor) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
+def launches(w: Tensor) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch."""
+    return _kernels(w.size(-1)).LAUNCHES if w.numel() else (0, 0)
+
+
 def _kernels(n: int) -> Any:
     """The kernels for n x n matrices."""
     return registry.kernels("cayley" if n <= _TILE_MAX_N else "newton_schulz")
@@ -50,28 +55,34 @@ def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    path = registry.path(kernel_declines(w))
-    registry.count(path)
-    if path == "closed":
-        q = _closed_fwd(w, d)
-    else:
+    if registry.path(kernel_declines(w)) == "kernel":
         kernels = _kernels(w.size(-1))
-        with torch.cuda.device_of(w):
-            choice = ("cayley", "fwd", w, kernels.fwd_config)
-            config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
-            q = kernels.cayley_fwd(w, d, config)
+        try:
+            with torch.cuda.device_of(w):
+                choice = ("cayley", "fwd", w, kernels.fwd_config)
+                config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
+                q = kernels.cayley_fwd(w, d, config)
+            registry.count("kernel")
+            return q, (q, d)
+        except Exception as error:
+            registry.fall_back(error, "cayley", w, w.size(-1))
+    registry.count("closed")
+    q = _closed_fwd(w, d)
     return q, (q, d)
 
 
 def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
     q, d = saved
-    if registry.path(kernel_declines(q)) == "closed":
-        return _closed_bwd(g, saved, dtype)
-    kernels = _kernels(q.size(-1))
-    with torch.cuda.device_of(q):
-        choice = ("cayley", "bwd", q, kernels.bwd_config)
-        config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
-        return (kernels.cayley_bwd(g, q, d, dtype, config),)
+    if registry.path(kernel_declines(q)) == "kernel":
+        kernels = _kernels(q.size(-1))
+        try:
+            with torch.cuda.device_of(q):
+                choice = ("cayley", "bwd", q, kernels.bwd_config)
+                config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
+                return (kernels.cayley_bwd(g, q, d, dtype, config),)
+        except Exception as error:
+            registry.fall_back(error, "cayley", q, q.size(-1))
+    return _closed_bwd(g, saved, dtype)
 
 
 _skew_cayley = FusedMap(
