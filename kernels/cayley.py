@@ -338,6 +338,9 @@ def cayley_bwd(
     return dw
 
 
+LAUNCHES = (1, 1)  # of `cayley_fwd` and `cayley_bwd`
+
+
 def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:
     options = {"BLOCK_COLS": config.block_cols, "ACC": TRITON_DTYPE[dtype]}
     if config.num_warps == 1:

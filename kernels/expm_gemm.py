@@ -217,6 +217,16 @@ def expm_bwd(
     return p.view(g.shape)
 
 
+def launch_counts(sign: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of `expm_fwd` and `expm_bwd`, in the compute dtype."""
+    even, odd = EVEN_ODD[sign, dtype]
+    prepared = 5  # the mirror, A^2, A^4, A^3, the schedule
+    polynomial = len(even) // 2  # the blocks, and Horner's products
+    series = 2 * (len(odd) - 1)
+    rounds = (2 if sign == -1 else 1) * ROUNDS + ROUNDS - 1
+    return prepared + polynomial + ROUNDS, 2 * polynomial + 2 + rounds + series
+
+
 def _form(sign: int, of_skew: str, of_symmetric: str = "symmetric") -> str:
     return of_skew if sign == -1 else of_symmetric
 

@@ -197,6 +197,11 @@ def cayley_bwd(
     return dw
 
 
+# Of `cayley_fwd`: skew, P^T P, the start, two products a round and one in the last. And of
+# `cayley_bwd`: two products.
+LAUNCHES = (3 + 2 * (ROUNDS - 1) + 1, 2)
+
+
 def _start_options(dtype: torch.dtype) -> dict:
     options: dict = {"ROUNDS": ROUNDS, "ROUGH_UP_TO": ROUGH_UP_TO, "BLOCK_TILES": 256}
     eps = torch.finfo(dtype).eps

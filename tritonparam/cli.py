@@ -51,6 +51,7 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(help_when_alone)
     demo.callback(invoke_without_command=True)(help_when_alone)
     app.command("info")(info)
+    app.command("explain")(explain)
     demo.command("rnn")(demo_rnn)
     app.add_typer(demo, name="demo")
     return app
@@ -84,6 +85,37 @@ def info(
         raise typer.BadParameter(str(error)) from None
     except info.Unavailable as error:
         sys.exit(f"tritonparam: {error}")
+
+
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
+        ),
+    ],
+    fuse: Annotated[bool, typer.Option("--fuse", help="Fuse the model first.")] = False,
+    legacy: Annotated[
+        bool, typer.Option("--legacy", help="With --fuse: convert torch.nn.utils' hooks as well.")
+    ] = False,
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Measure how far weights are from their constraints.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where a weight is composed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show which path each parametrized weight of a model takes, and why."""
+    from tritonparam import report
+
+    try:
+        rows = report.rows(model, fused=fuse, legacy=legacy, errors=errors)
+    except report.BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    print(report.as_json(rows) if as_json else rows)
+    if strict and any(row.path == "composed" for row in rows):
+        raise typer.Exit(1)
 
 
 def demo_rnn(

@@ -15,6 +15,8 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tritonparam import cache, declared, interop, once, registry
 from tritonparam.injected import share_class
+from tritonparam.legacy import hooks as legacy_hooks
+from tritonparam.legacy import parametrize as parametrize_legacy
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -86,7 +88,7 @@ def swap_originals(plist: ParametrizationList, new: Sequence[Tensor]) -> tuple[T
     return old
 
 
-def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, strict: bool = False, legacy: bool = False) -> nn.Module:
     """Evaluate every parametrized tensor of a model fused where a rule takes its chain.
 
     Nothing else about the model changes: parameters, state_dict keys, assignment, removal, repr.
@@ -96,6 +98,9 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     Arguments:
         model: any module; it is changed in place.
         strict: raise instead if a chain stays composed.
+        legacy: convert the weights of the legacy ``torch.nn.utils.spectral_norm`` and
+            ``weight_norm``, which a hook computes, to parametrizations, keys of the state_dict
+            included. The parameter objects stay, and checkpoints of the legacy model load.
 
     Returns:
         The model.
@@ -103,7 +108,8 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     Raises:
         TypeError: `model` is not an ``nn.Module``.
         ValueError: `strict`, and a chain stays composed; or a chain does not compute what an alias
-            or an added rule declares. The model is then as it was.
+            or an added rule declares; or `legacy`, and a module lost a tensor of its hook. The
+            model is then as it was.
 
     >>> import torch.nn.utils.parametrize as parametrize, tritonparam as tp
     >>> layer = nn.Linear(3, 3)
@@ -113,12 +119,17 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
     'closed'
     """
     require_module("fuse", model)
-    changed: list[ParametrizationList] = []
+    hooks = list(legacy_hooks(model)) if legacy else []
+    holders = [m for module, *_ in hooks for m in (module, *_tables(module))]
+    holders += [plist for *_, plist in parametrized_tensors(model)]
     modules: dict[nn.Module, None] = {}
-    try:
+    with restored_on_error(*holders):
+        for module, name, hook in hooks:
+            if is_parametrized(module):
+                inject(module, name.rpartition(".")[2])
+            parametrize_legacy(module, name, hook)
         for module, name, plist in parametrized_tensors(model):
             if type(plist) is ParametrizationList:
-                changed.append(plist)
                 modules[module] = None
                 fuse_list(plist)
             reason = decline_reason(plist)
@@ -127,10 +138,6 @@ def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:
                     f"fuse: strict=True, but {name} stays composed: {reason}; "
                     "explain(model) shows every weight."
                 )
-    except BaseException:
-        for plist in changed:
-            unfuse_list(plist)
-        raise
     for module in modules:
         inject(module)
     for module in model.modules():
@@ -173,6 +180,11 @@ def parametrized_tensors(
     for prefix, module in model.named_modules():
         for name, plist in lists(module).items():
             yield module, f"{prefix}.{name}" if prefix else name, plist
+
+
+def _tables(module: nn.Module) -> list[nn.Module]:
+    """The modules that torch keeps the parametrizations of a module's own tensors in."""
+    return [module.parametrizations] if is_parametrized(module) else []  # type: ignore[list-item]
 
 
 def lists(module: nn.Module) -> dict[str, ParametrizationList]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
 
+from tritonparam.fuse import lists
+from tritonparam.legacy import SPECTRAL_NORM_KEYS, WEIGHT_NORM_KEYS, load_legacy
 from tritonparam.links import MatrixExponential, NoPreimage, Skew, Symmetric
 from tritonparam.orthogonal import Orthogonal, require_map, require_matrix
 from tritonparam.register import register_parametrization
+from tritonparam.stepped import SteppedSpectralNorm
 
 
 def _tensor(who: str, module: nn.Module, name: str) -> Tensor:
@@ -74,36 +77,60 @@ def spectral_norm(
     n_power_iterations: int = 1,
     eps: float = 1e-12,
     dim: int | None = None,
+    *,
+    iterate: str = "read",
 ) -> nn.Module:
     """Divide a weight by its spectral norm, by power iteration (Miyato et al. 2018).
 
     ``torch.nn.utils.parametrizations.spectral_norm``, fused: the same buffers, updated by every
-    read in training mode. Where the norm is zero the weight is zero.
+    read in training mode; checkpoints of the legacy ``torch.nn.utils.spectral_norm`` load. Where
+    the norm is zero the weight is zero.
+
+    With ``iterate="step"`` reading changes nothing, in training mode either, so that two forward
+    passes, checkpointing or `cached` see one weight. The buffers follow the weight instead:
+    ``step()`` of any ``torch.optim.Optimizer`` that holds its original, and found a gradient of
+    it, runs the iterations once. An optimizer of another kind calls
+    ``tritonparam.stepped.advance(link, original)``.
 
     Arguments:
         module: the module that has the tensor.
         name: the tensor's name, [out, ...].
-        n_power_iterations: at each read in training mode, at least 1.
+        n_power_iterations: at each read in training mode, or at each step; at least 1.
         eps: the smallest norm that is divided by.
         dim: the dimension of the outputs; None is 1 for transposed convolutions and 0 otherwise.
+        iterate: "read", as torch, or "step".
 
     Returns:
         The module.
 
     Raises:
-        ValueError: there is no such tensor, or `n_power_iterations` is not positive.
+        ValueError: there is no such tensor, `n_power_iterations` is not positive, `iterate` is
+            another word, or "step" for a tensor that is parametrized already.
 
     >>> import torch
     >>> layer = spectral_norm(nn.Linear(20, 40))
     >>> bool(torch.linalg.matrix_norm(layer.weight, 2) < 1.1)
     True
     """
-    weight = _tensor("spectral_norm", module, name)
+    if iterate not in ("read", "step"):
+        raise ValueError(f'spectral_norm: iterate must be "read" or "step", got {iterate!r}.')
+    weight, fresh = _tensor("spectral_norm", module, name), not is_parametrized(module, name)
+    if iterate == "step" and not fresh:
+        raise ValueError(
+            f'spectral_norm: iterate="step" must be the first link, since it follows the original, '
+            f'but {name} is parametrized already; use iterate="read", or register it first.'
+        )
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     if dim is None:
         dim = 1 if isinstance(module, transposed) else 0
-    link = _SpectralNorm(weight, n_power_iterations, dim=dim, eps=eps)
-    return register_parametrization(module, name, link)
+    kind = SteppedSpectralNorm if iterate == "step" else _SpectralNorm
+    link = kind(weight, n_power_iterations, dim=dim, eps=eps)
+    register_parametrization(module, name, link)
+    if isinstance(link, SteppedSpectralNorm):
+        link.follow(lists(module)[name])
+    if fresh:
+        load_legacy(module, name, SPECTRAL_NORM_KEYS)
+    return module
 
 
 def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) -> nn.Module:
@@ -130,14 +157,7 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     """
     _tensor("weight_norm", module, name)
     register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
-
-    def legacy(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for i, key in enumerate((f"{prefix}{name}_g", f"{prefix}{name}_v")):
-            if key in state_dict:
-                new = f"{prefix}parametrizations.{name}.original{i}"
-                state_dict[new] = state_dict.pop(key)
-
-    module.register_load_state_dict_pre_hook(legacy)
+    load_legacy(module, name, WEIGHT_NORM_KEYS)
     return module
 
 

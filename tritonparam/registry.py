@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tritonparam import configs
+from tritonparam import configs, failures
 from tritonparam.tables import PATHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -55,6 +55,8 @@ class Rule:
             launch configurations can be tuned, or the empty string.
         differs: called as ``differs(links, *tensors)``; returns the sentence how the value differs
             from the composed one on purpose, or the empty string.
+        launches: called as ``launches(links, *tensors)``; returns how many Triton kernels the
+            forward and the backward pass launch where `kernel_declines` is empty.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Rule:
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
     kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
     differs: Callable[..., str] = lambda links, *xs: ""
+    launches: Callable[..., tuple[int, int]] | None = None
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -175,7 +178,20 @@ def kernel_declines(chain: str, x: Tensor, n: int) -> str:
         return declined
     if measured(chain, x, n) == "closed":
         return f"the closed form was measured faster at n = {n} on this device"
+    if cause := failures.cause(chain, x, n):
+        return f"Triton cannot compile its kernel here ({cause})"
     return ""
+
+
+def fall_back(error: Exception, chain: str, x: Tensor, n: int) -> None:
+    """Go on with the closed form after an error of a kernel, with a warning once for the chain.
+
+    Only where Triton's compiler is what failed, and not under ``use_path("kernel")``: else the
+    error is raised again. From then on ``kernel_declines`` answers for the same arguments.
+    """
+    if _override == "kernel" or not kernels().cannot_compile(error):
+        raise error
+    failures.remember(chain, x, n, error)
 
 
 def device_declines(x: Tensor) -> str:

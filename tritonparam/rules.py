@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from tritonparam.ops import (
 )
 from tritonparam.orthogonal import Orthogonal, OrthogonalGates, tall
 from tritonparam.registry import Rule, no_kernel
+from tritonparam.stepped import SteppedSpectralNorm
 
 _NO_SIGNS = object()  # an alias has none
 
@@ -179,6 +181,16 @@ def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> s
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
 
 
+_SPECTRAL_NORM = Rule(
+    name="spectral_norm",
+    chain=(_SpectralNorm,),
+    op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
+    declines=_spectral_norm_declines,
+    kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
+    size=Tensor.numel,
+    launches=lambda links, w: spectral_norm.launches(links[0], w),
+)
+
 RULES = (
     Rule(
         name="cayley",
@@ -187,6 +199,7 @@ RULES = (
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
         kernels=cayley.kernel_file,
+        launches=lambda links, w: cayley.launches(w),
     ),
     Rule(
         name="skew_exp",
@@ -195,6 +208,7 @@ RULES = (
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
         kernels=expm.kernel_file,
+        launches=lambda links, w: expm.launches(w, "skew"),
     ),
     Rule(
         name="symmetric_exp",
@@ -203,6 +217,7 @@ RULES = (
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
         kernels=expm.kernel_file,
+        launches=lambda links, w: expm.launches(w, "symmetric"),
     ),
     Rule(
         name="matrix_exp",
@@ -217,6 +232,7 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
+        launches=lambda links, x: expm.launches(x, "skew"),
     ),
     Rule(
         name="torch_orthogonal",
@@ -226,6 +242,7 @@ RULES = (
         kernel_declines=lambda links, x: from_left_kernel_declines(
             cast(Any, links[0]).orthogonal_map.name, x
         ),
+        launches=lambda links, x: expm.launches(x, "skew"),
         differs=_torch_orthogonal_differs,
     ),
     Rule(
@@ -234,15 +251,10 @@ RULES = (
         op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
         declines=_gates_decline,
         kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
+        launches=lambda links, x: expm.launches(_gates(links, x), "skew"),
     ),
-    Rule(
-        name="spectral_norm",
-        chain=(_SpectralNorm,),
-        op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
-        declines=_spectral_norm_declines,
-        kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
-        size=Tensor.numel,
-    ),
+    _SPECTRAL_NORM,
+    replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
     Rule(
         name="weight_norm",
         chain=(_WeightNorm,),
@@ -250,5 +262,6 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
+        launches=lambda links, g, v: weight_norm.launches(links[0], v),
     ),
 )

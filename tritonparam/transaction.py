@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ from torch.nn.utils import parametrize as torch_parametrize
 
 @contextmanager
 def restored_on_error(*modules: nn.Module, links: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """If the block raises, give `modules` and `links` back their class, attributes and tables.
+    """If the block raises, give `modules` and `links` back their class, attributes and tables,
+    which are those of tensors, of submodules and of hooks.
 
     The buffers of links, which a right inverse may write to, get their values back as well; other
     tensors are not looked at, so that a block writes to them only when it can no longer fail.
@@ -22,12 +24,7 @@ def restored_on_error(*modules: nn.Module, links: Sequence[nn.Module] = ()) -> I
     values = [(b, b.clone()) for m in inner for b in m._buffers.values() if b is not None]
     before = []
     for m in (*modules, *inner):
-        tables: tuple[Any, ...] = (
-            m._parameters,
-            m._buffers,
-            m._modules,
-            m._non_persistent_buffers_set,
-        )
+        tables: list[Any] = [t for t in vars(m).values() if type(t) in (dict, OrderedDict, set)]
         before.append((m, m.__class__, dict(vars(m)), [(t, t.copy()) for t in tables]))
     try:
         yield

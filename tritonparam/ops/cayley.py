@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,16 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "cayley" if n <= _TILE_MAX_N else "newton_schulz"
 
 
+def launches(w: Tensor) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch."""
+    return _kernels(w).LAUNCHES if w.numel() else (0, 0)
+
+
+def _kernels(w: Tensor) -> Any:
+    """The file of kernels that takes w."""
+    return registry.kernels(kernel_file(w.size(-1), w.dtype))
+
+
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
     # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹.
     lower = w.to(compute_dtype(w.dtype)).mT.tril(-1)
@@ -50,28 +62,34 @@ def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    path = registry.path(kernel_declines(w))
-    registry.count(path)
-    if path == "closed":
-        q = _closed_fwd(w, d)
-    else:
-        kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
-        with torch.cuda.device_of(w):
-            choice = ("cayley", "fwd", w, kernels.fwd_config)
-            config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
-            q = kernels.cayley_fwd(w, d, config)
+    if registry.path(kernel_declines(w)) == "kernel":
+        kernels = _kernels(w)
+        try:
+            with torch.cuda.device_of(w):
+                choice = ("cayley", "fwd", w, kernels.fwd_config)
+                config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
+                q = kernels.cayley_fwd(w, d, config)
+            registry.count("kernel")
+            return q, (q, d)
+        except Exception as error:
+            registry.fall_back(error, "cayley", w, w.size(-1))
+    registry.count("closed")
+    q = _closed_fwd(w, d)
     return q, (q, d)
 
 
 def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
     q, d = saved
-    if registry.path(kernel_declines(q)) == "closed":
-        return _closed_bwd(g, saved, dtype)
-    kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
-    with torch.cuda.device_of(q):
-        choice = ("cayley", "bwd", q, kernels.bwd_config)
-        config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
-        return (kernels.cayley_bwd(g, q, d, dtype, config),)
+    if registry.path(kernel_declines(q)) == "kernel":
+        kernels = _kernels(q)
+        try:
+            with torch.cuda.device_of(q):
+                choice = ("cayley", "bwd", q, kernels.bwd_config)
+                config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
+                return (kernels.cayley_bwd(g, q, d, dtype, config),)
+        except Exception as error:
+            registry.fall_back(error, "cayley", q, q.size(-1))
+    return _closed_bwd(g, saved, dtype)
 
 
 _skew_cayley = FusedMap(

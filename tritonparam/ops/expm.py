@@ -35,10 +35,19 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
 
 
+def launches(w: Tensor, kind: Kind) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch."""
+    return _file(w).launch_counts(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
+
+
+def _file(w: Tensor) -> Any:
+    """The file of kernels that takes w."""
+    return registry.kernels(kernel_file(w.size(-1), w.dtype))
+
+
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
-    n = w.size(-1)
-    kernels = registry.kernels(kernel_file(n, w.dtype))
+    n, kernels = w.size(-1), _file(w)
     choice = (f"{kind}_exp", phase, w, kernels.config)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
     return kernels, _SIGN[kind], config
@@ -54,22 +63,28 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
 
 
 def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
-    path = registry.path(kernel_declines(w, kind))
-    registry.count(path)
-    if path == "closed":
-        return _value(w, kind)
-    kernels, sign, config = _kernels(w, kind, "fwd")
-    with torch.cuda.device_of(w):
-        y, saved = kernels.expm_fwd(w, sign, config)
-    return y, (w, *saved)
+    if registry.path(kernel_declines(w, kind)) == "kernel":
+        kernels, sign, config = _kernels(w, kind, "fwd")
+        try:
+            with torch.cuda.device_of(w):
+                y, saved = kernels.expm_fwd(w, sign, config)
+            registry.count("kernel")
+            return y, (w, *saved)
+        except Exception as error:
+            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
+    registry.count("closed")
+    return _value(w, kind)
 
 
 def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
-    if registry.path(kernel_declines(w, kind)) == "closed":
-        return _value(w, kind)[1]
-    kernels, sign, config = _kernels(w, kind, "fwd")
-    with torch.cuda.device_of(w):
-        return (w, *kernels.prepare(w, sign, config))
+    if registry.path(kernel_declines(w, kind)) == "kernel":
+        kernels, sign, config = _kernels(w, kind, "fwd")
+        try:
+            with torch.cuda.device_of(w):
+                return (w, *kernels.prepare(w, sign, config))
+        except Exception as error:
+            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
+    return _value(w, kind)[1]
 
 
 def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
@@ -83,8 +98,12 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[
     # Kernels keep nothing, or first an int32: the closed form's first is a floating-point scale.
     if w.numel() and (not rest or (rest[0] is not None and rest[0].dtype == torch.int32)):
         kernels, sign, config = _kernels(w, kind, "bwd")
-        with torch.cuda.device_of(w):
-            return (kernels.expm_bwd(g, w, tuple(rest), sign, config),)
+        try:
+            with torch.cuda.device_of(w):
+                return (kernels.expm_bwd(g, w, tuple(rest), sign, config),)
+        except Exception as error:
+            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
+            saved = _value(w, kind)[1]  # the closed form keeps more
     h = adjoint(as_batch(g), saved[1:], kind)
     if kind == "skew":
         h = (h - h.mT).triu(1)

@@ -19,6 +19,16 @@ def kernel_declines(link: Any, w: Tensor) -> str:
     return _declines(w, *_buffers(link, w))
 
 
+def launches(link: Any, w: Tensor) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch."""
+    return registry.kernels("spectral_norm").launch_counts(_steps(link))
+
+
+def _steps(link: Any) -> int:
+    """The power iterations of a read."""
+    return link.n_power_iterations if link.training else 0
+
+
 def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
     return () if w.dim() == 1 else (link._u, link._v)
 
@@ -73,11 +83,14 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradient
     w, u, v, sigma = saved
     if registry.path(_declines(w, u, v)) == "kernel":
         kernels = registry.kernels("spectral_norm")
-        with torch.cuda.device_of(w):
-            config = kernels.default_config(w.dtype)
-            lists = [_slices(g, dim)], [_slices(w, dim)], [u], [v], [sigma]
-            (dw,) = kernels.spectral_norm_bwd(*lists, config)
-        return (dw.view(w.shape),)
+        try:
+            with torch.cuda.device_of(w):
+                config = kernels.default_config(w.dtype)
+                lists = [_slices(g, dim)], [_slices(w, dim)], [u], [v], [sigma]
+                (dw,) = kernels.spectral_norm_bwd(*lists, config)
+            return (dw.view(w.shape),)
+        except Exception as error:
+            registry.fall_back(error, "spectral_norm", w, w.numel())
     s = _divisor(sigma)
     dw = g.contiguous() / s
     return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)
@@ -123,13 +136,13 @@ _divide = FusedMap(
 def _kernel_fwd(
     w: Tensor, u: Tensor, v: Tensor, dim: int, steps: int, eps: float
 ) -> tuple[Tensor, Saved]:
-    registry.count("kernel")
     kernels = registry.kernels("spectral_norm")
     with torch.cuda.device_of(w):
         config = kernels.default_config(w.dtype)
         results = kernels.spectral_norm_fwd(
             [_slices(w, dim)], [u], [v], steps, eps, w.dtype, config
         )
+    registry.count("kernel")
     if steps:
         torch.autograd.graph.increment_version((u, v))
     ((y, *vectors),) = results
@@ -145,12 +158,8 @@ _iterate_and_divide = EagerMap(
 )
 
 
-def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
-    if not link.training:
-        # Copies: the buffers may change between this read and its backward pass.
-        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
-        return u, v, torch.dot(u, torch.mv(w, v))
+def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and Wᵀu in fresh storage, after the link's iterations, which its buffers keep."""
     v = link._v.to(w.dtype)
     for _ in range(link.n_power_iterations):
         u = torch.mv(w, v)
@@ -159,7 +168,25 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v = q / vector_norm(q).clamp_min_(link.eps)
     link._u.copy_(u)
     link._v.copy_(v)
+    return u, v, q
+
+
+def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
+    if not link.training:
+        # Copies: the buffers may change between this read and its backward pass.
+        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
+        return u, v, torch.dot(u, torch.mv(w, v))
+    u, v, q = _iterate(link, w)
     return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
+
+
+@torch.no_grad()
+def advance(link: Any, w: Tensor) -> None:
+    """Run the link's power iterations on w, as a read in train mode does, and compute no value."""
+    if w.dim() > 1:
+        with no_autocast(w):
+            _iterate(link, _matrix(w.to(compute_dtype(w.dtype)), link.dim))
 
 
 def spectral_norm(link: Any, w: Tensor) -> Tensor:
@@ -184,8 +211,10 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     vectors = _buffers(link, w)
     path = registry.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
-        steps = link.n_power_iterations if link.training else 0
-        return _iterate_and_divide(w, *vectors, link.dim, steps, link.eps)
+        try:
+            return _iterate_and_divide(w, *vectors, link.dim, _steps(link), link.eps)
+        except Exception as error:  # before the last launch, the one that writes u and v
+            registry.fall_back(error, "spectral_norm", w, w.numel())
     x = w.to(compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():

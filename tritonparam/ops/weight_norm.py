@@ -23,6 +23,13 @@ def kernel_declines(g: Tensor, v: Tensor) -> str:
     return declined or ("" if v.numel() else "the original is empty")
 
 
+def launches(link: Any, v: Tensor) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch."""
+    kernels = registry.kernels("weight_norm")
+    shape = _slices(v.to("meta"), link.dim if link.dim >= -1 else link.dim + v.dim()).shape
+    return kernels.launch_counts(shape, kernels.default_config(v.dtype)) if v.numel() else (0, 0)
+
+
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
     if dim == -1:
@@ -82,11 +89,15 @@ def _kernel_bwd(grad: Tensor, saved: Saved, dim: int) -> Gradients:
 
 
 def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Saved]:
-    path = registry.path(kernel_declines(g, v))
-    registry.count(path)
     dtype = compute_dtype(v.dtype)
-    if path == "kernel":
-        return _kernel_fwd(g, v, dim, v.dtype if rounded else dtype)
+    if registry.path(kernel_declines(g, v)) == "kernel":
+        try:
+            result = _kernel_fwd(g, v, dim, v.dtype if rounded else dtype)
+            registry.count("kernel")
+            return result
+        except Exception as error:
+            registry.fall_back(error, "weight_norm", v, v.numel())
+    registry.count("closed")
     if v.device.type == "cpu" and _fused(v, dim):
         w, norm = _torch_forward(v.contiguous(), g.contiguous(), dim)
         if not norm.all():  # on the CPU nobody waits for this
@@ -103,7 +114,10 @@ def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded:
     # dg = <G, v>/‖v‖,  dv = g/‖v‖ (G - dg v/‖v‖)
     g, v, norm = saved
     if registry.path(kernel_declines(g, v)) == "kernel":
-        return _kernel_bwd(grad, saved, dim)
+        try:
+            return _kernel_bwd(grad, saved, dim)
+        except Exception as error:
+            registry.fall_back(error, "weight_norm", v, v.numel())
     if _fused(v, dim):
         grad = grad.to(v.dtype).contiguous()
         dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
