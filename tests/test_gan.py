@@ -89,6 +89,18 @@ def assert_same(mine: list[Tensor], torchs: list[Tensor]) -> None:
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU every test here takes kernels")
+def test_kernels_train_as_torch():
+    pytest.importorskip("triton")
+    pair = networks()
+    mine = fused(pair)
+    train(pair, optimizers(pair), range(1))
+    with tp.use_path("kernel"):
+        train(mine, optimizers(mine), range(1))
+    assert tp.stats()["kernel"] == 16
+    assert_same(state(*mine), state(*pair))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("gradient_penalty", [False, True], ids=["hinge", "penalty"])
 def test_training_is_torchs(gradient_penalty, accumulate):
@@ -208,13 +220,36 @@ def _ddp_worker(rank: int, folder: str) -> None:
             train(ddp, opts, range(10 * rank, 10 * rank + 2))
             results[broadcast, name, rank] = state(*bare)
     assert tp.stats()["closed"] > 0
+    results["sharded", rank] = _sharded_and_whole()
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _sharded_and_whole() -> list[list[Tensor]]:
+    """The buffers and the output of a discriminator by steps, trained under FSDP and alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    results = []
+    _, discriminator = networks(partial(tp.spectral_norm, iterate="step"))
+    sharded = deepcopy(discriminator)
+    for layer in (sharded[0], sharded[2], sharded[5], sharded):
+        fully_shard(layer)
+    images = torch.ones(2, 1, 6, 6, dtype=torch.float64)
+    for net in (sharded, discriminator):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(images).square().sum().backward()
+            optimizer.step()
+        results.append([*(b.clone() for b in net.buffers()), net(images).detach()])
+    return results
 
 
 def test_ddp_on_two_ranks(tmp_path):
     torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
     results = torch.load(tmp_path / "0.pt") | torch.load(tmp_path / "1.pt")
+    for rank in (0, 1):
+        assert_same(*results["sharded", rank])
     for broadcast in (True, False):
         for rank in (0, 1):
             assert_same(results[broadcast, "fused", rank], results[broadcast, "torch", rank])

@@ -60,9 +60,12 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     """Advance every link whose original the optimizer has just updated."""
     if not _links:
         return
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    updated = {id(p) for p in params if p.grad is not None}
+    links: dict[int, list[SteppedSpectralNorm]] = {}
     for link in list(_links):
         for plist in getattr(link, "_list", ()):
-            if id(plist.original) in updated:
-                advance(link, plist.original)
+            links.setdefault(id(plist.original), []).append(link)
+    # In the optimizer's order, the same on every rank: a weight that FSDP shards is gathered.
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is not None:
+            for link in links.get(id(p), ()):
+                advance(link, p.full_tensor() if hasattr(p, "full_tensor") else p)
