@@ -49,10 +49,10 @@ class Rule:
             are left composed, or the empty string.
         kernel_declines: called as ``kernel_declines(links, *tensors)``; returns the sentence why
             the op takes its closed form, or the empty string where its Triton kernel runs.
-        size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
-            table of measured paths is asked.
         differs: called as ``differs(links, *tensors)``; returns the sentence how the value differs
             from the composed one on purpose, or the empty string.
+        size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
+            table of measured paths is asked.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Rule:
     op: Callable[..., Tensor]
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
-    size: Callable[..., int] = lambda *xs: xs[0].size(-1)
     differs: Callable[..., str] = lambda links, *xs: ""
+    size: Callable[..., int] = lambda *xs: xs[0].size(-1)
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]

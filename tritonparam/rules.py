@@ -78,8 +78,15 @@ def _exp(x: Tensor) -> Tensor:
     return expm.skew_exp(-x.mT)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
 
 
+def _cayley(x: Tensor) -> Tensor:
+    # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ: the kernels' map of another triangle.
+    if x.size(-1) == x.size(-2) and not cayley.kernel_declines(x):
+        return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
+    return tall_cayley.tall_cayley(x)
+
+
 _FREE = {
-    "cayley": tall_cayley.tall_cayley,
+    "cayley": _cayley,
     "matrix_exp": _exp,
     "householder": householder.householder,
 }
@@ -114,8 +121,9 @@ def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
 
 def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
     """Why no Triton kernel computes the map of x, or the empty string."""
-    if orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
-        return expm.kernel_declines(x, "skew")
+    if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
+        exponential = orthogonal_map == "matrix_exp"
+        return expm.kernel_declines(x, "skew") if exponential else cayley.kernel_declines(x)
     return no_kernel(x)
 
 
