@@ -79,10 +79,10 @@ def _exp(x: Tensor) -> Tensor:
 
 
 def _cayley(x: Tensor) -> Tensor:
-    # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ: the kernels' map of another triangle.
-    if x.size(-1) == x.size(-2) and not cayley.kernel_declines(x):
-        return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
-    return tall_cayley.tall_cayley(x)
+    if x.size(-1) != x.size(-2):
+        return tall_cayley.tall_cayley(x)
+    # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
+    return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
 
 
 _FREE = {
