@@ -187,6 +187,25 @@ def test_what_happens_to_buffers_is_compared_and_undone():
         tp.fuse(layer_of(Counting()))
 
 
+def test_an_alias_that_keeps_state_is_an_error_too():
+    class CountingSkew(tp.Skew):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x)
+
+    tp.alias(CountingSkew, tp.Skew)
+    layer = layer_of(CountingSkew(), tp.CayleyMap())
+    link, count = layer.parametrizations.weight[0], layer.parametrizations.weight[0].count.clone()
+    with pytest.raises(ValueError, match=r"alias: .*but its buffer 0\.count differs"):
+        tp.fuse(layer)
+    assert torch.equal(link.count, count)
+    assert type(layer.parametrizations.weight) is tp.ParametrizationList
+
+
 def test_what_is_drawn_is_the_same_and_put_back():
     class Noisy(tp.Skew):
         def forward(self, x):

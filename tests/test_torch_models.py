@@ -103,6 +103,25 @@ def test_the_state_and_what_is_assigned_are_torchs_bits(orthogonal_map, use_triv
         assert error(twin.weight.detach(), module.weight.detach()) <= 1e-6
 
 
+@pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley"])
+@pytest.mark.parametrize(
+    ("use_trivialization", "dtype"), [(True, torch.float32), (False, torch.bfloat16)]
+)
+def test_square_weights_have_kernels(orthogonal_map, use_trivialization, dtype, device):
+    for shape in ((1, 1), (2, 5, 5)):
+        module = constrained(shape, orthogonal_map, use_trivialization, dtype).to(device)
+        tp.fuse(module, strict=True)
+        g = torch.randn(shape, device=device).to(dtype)
+        y64, dx64 = composed(module, g)
+        y32, dx32 = composed(module, g, torch.float32)
+        with tp.use_path("kernel"):
+            assert tp.explain(module)[0].path == "kernel"
+        y, dx = fused(module, g, "kernel")
+        assert y.dtype == dx.dtype == dtype
+        assert error(y, y64) <= tolerance(dtype, error(y32, y64)), shape
+        assert error(dx, dx64, g) <= tolerance(dtype, error(dx32, dx64, g)), shape
+
+
 class Network(nn.Module):
     """Every constraint that torch has, on the layers that people put them on."""
 
@@ -269,7 +288,7 @@ def test_spectral_norm_iterates_when_torchs_does():
             after = m.parametrizations.weight[0]._u
             assert torch.equal(before, after) == (not training)
             vectors.append(after)
-        assert torch.allclose(*vectors, rtol=0, atol=1e-6)
+        assert torch.equal(*vectors)
 
 
 def test_the_plugin_counts(tmp_path):

@@ -80,8 +80,15 @@ def _exp(x: Tensor) -> Tensor:
     return expm.skew_exp(-x.mT)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
 
 
+def _cayley(x: Tensor) -> Tensor:
+    if x.size(-1) != x.size(-2):
+        return tall_cayley.tall_cayley(x)
+    # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
+    return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
+
+
 _FREE = {
-    "cayley": tall_cayley.tall_cayley,
+    "cayley": _cayley,
     "matrix_exp": _exp,
     "householder": householder.householder,
 }
@@ -116,9 +123,15 @@ def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
 
 def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
     """Why no Triton kernel computes the map of x, or the empty string."""
-    if orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
-        return expm.kernel_declines(x, "skew")
+    if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
+        exponential = orthogonal_map == "matrix_exp"
+        return expm.kernel_declines(x, "skew") if exponential else cayley.kernel_declines(x)
     return no_kernel(x)
+
+
+def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int]:
+    """How many kernels the map of a square x launches, forward and backward."""
+    return expm.launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.launches(x)
 
 
 def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
@@ -232,7 +245,7 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
-        launches=lambda links, x: expm.launches(x, "skew"),
+        launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map, x),
     ),
     Rule(
         name="torch_orthogonal",
@@ -242,7 +255,7 @@ RULES = (
         kernel_declines=lambda links, x: from_left_kernel_declines(
             cast(Any, links[0]).orthogonal_map.name, x
         ),
-        launches=lambda links, x: expm.launches(x, "skew"),
+        launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map.name, x),
         differs=_torch_orthogonal_differs,
     ),
     Rule(
@@ -251,7 +264,9 @@ RULES = (
         op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
         declines=_gates_decline,
         kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
-        launches=lambda links, x: expm.launches(_gates(links, x), "skew"),
+        launches=lambda links, x: from_left_launches(
+            cast(Any, links[0]).orthogonal_map, _gates(links, x)
+        ),
     ),
     _SPECTRAL_NORM,
     replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
