@@ -38,6 +38,7 @@ FLOORS = {
     "orthogonal": 2.1,
     "cache": 2.1,
     "autograd": 2.1,
+    "together": 2.2,
     "ops": 3,
     "ops.cayley": 3,
     "ops.expm": 3,

@@ -34,6 +34,17 @@ class FusedParametrizationList(ParametrizationList):
     def _evaluate(self) -> Tensor:
         return registry.evaluate(RULES, tuple(self._modules.values()), *originals(self))
 
+    def kind(self) -> registry.Kind | None:
+        """What this weight has in common with those it can be evaluated with; None: alone."""
+        return registry.kind(RULES, tuple(self._modules.values()), originals(self))
+
+    @staticmethod
+    def together(lists: Sequence[FusedParametrizationList]) -> list[Tensor]:
+        """The weights of several lists of one kind."""
+        kind = lists[0].kind()
+        assert kind is not None
+        return kind.rule.together([(tuple(x._modules.values()), originals(x)) for x in lists])
+
     def plan(self) -> list[registry.Step]:
         """How the chain is evaluated as it is now: its steps, each a rule, its links, a reason."""
         return registry.plan(RULES, tuple(self._modules.values()), originals(self))

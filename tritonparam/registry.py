@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class Rule:
             the op takes its closed form, or the empty string where its Triton kernel runs.
         size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
             table of measured paths is asked.
+        alike: called as ``alike(links, *tensors)``; returns what chains must have in common, beside
+            device and dtype, for ``together`` to take them. None evaluates the chain by itself.
+        together: called as ``together(chains)`` with ``(links, tensors)`` of each, for which the
+            kernel runs; returns their values, in fresh storage, each with a graph of its own.
     """
 
     name: str
@@ -59,6 +63,15 @@ class Rule:
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
+    alike: Callable[..., Hashable] = lambda *chain: None
+    together: Callable[..., list[Tensor]] = lambda chains: []
+
+
+class Kind(NamedTuple):
+    """What chains that are evaluated together have in common: the rule, and all it depends on."""
+
+    rule: Rule
+    common: Hashable
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -104,6 +117,17 @@ def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> 
     if not fused and not torch.compiler.is_compiling():
         count("composed")
     return xs[0]
+
+
+def kind(rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]) -> Kind | None:
+    """The kind of a chain of which kernels evaluate several at once, or None."""
+    rule, n, _ = lookup(rules, links, xs)
+    if rule is None or n < len(links) or _override == "closed":
+        return None
+    alike = rule.alike(links, *xs)
+    if alike is None or rule.kernel_declines(links, *xs):
+        return None
+    return Kind(rule, (alike, *[(x.device, x.dtype, x.requires_grad) for x in xs]))
 
 
 def plan(

@@ -119,6 +119,11 @@ def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> s
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
 
 
+def _shape_to_stack(links: Sequence[nn.Module], w: Tensor) -> tuple[int, ...] | None:
+    # Beyond, one matrix keeps a GPU busy, and a stack of the intermediates takes memory.
+    return tuple(w.shape) if w.size(-1) <= 512 else None
+
+
 RULES = (
     Rule(
         name="cayley",
@@ -126,6 +131,10 @@ RULES = (
         op=_skew_cayley,
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
+        alike=_shape_to_stack,
+        together=lambda chains: cayley.skew_cayleys(
+            [(w, _signature(links, w)) for links, (w,) in chains]
+        ),
     ),
     Rule(
         name="skew_exp",
@@ -133,6 +142,8 @@ RULES = (
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
+        alike=_shape_to_stack,
+        together=lambda chains: expm.skew_exps([w for _, (w,) in chains]),
     ),
     Rule(
         name="symmetric_exp",
@@ -140,6 +151,8 @@ RULES = (
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
+        alike=_shape_to_stack,
+        together=lambda chains: expm.symmetric_exps([w for _, (w,) in chains]),
     ),
     Rule(
         name="matrix_exp",
@@ -162,6 +175,10 @@ RULES = (
         declines=_spectral_norm_declines,
         kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
         size=Tensor.numel,
+        alike=lambda links, w: spectral_norm.steps(links[0]),
+        together=lambda chains: spectral_norm.spectral_norms(
+            [(links[0], w) for links, (w,) in chains]
+        ),
     ),
     Rule(
         name="weight_norm",
@@ -170,5 +187,9 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
+        alike=lambda links, g, v: "any",
+        together=lambda chains: weight_norm.weight_norms(
+            [(links[0], g, v) for links, (g, v) in chains]
+        ),
     ),
 )

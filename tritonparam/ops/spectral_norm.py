@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from tritonparam import registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.together import GroupedMap
 
 
 def kernel_declines(link: Any, w: Tensor) -> str:
@@ -72,12 +74,7 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradient
     # dW = (G - (<G, W>/σ) u vᵀ)/σ
     w, u, v, sigma = saved
     if registry.path(_declines(w, u, v)) == "kernel":
-        kernels = registry.kernels("spectral_norm")
-        with torch.cuda.device_of(w):
-            config = kernels.default_config(w.dtype)
-            lists = [_slices(g, dim)], [_slices(w, dim)], [u], [v], [sigma]
-            (dw,) = kernels.spectral_norm_bwd(*lists, config)
-        return (dw.view(w.shape),)
+        return _kernel_bwd([g], [saved], [dim])[0]
     s = _divisor(sigma)
     dw = g.contiguous() / s
     return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)
@@ -120,28 +117,47 @@ _divide = FusedMap(
 )
 
 
-def _kernel_fwd(
-    w: Tensor, u: Tensor, v: Tensor, dim: int, steps: int, eps: float
-) -> tuple[Tensor, Saved]:
-    registry.count("kernel")
+Call = tuple[Tensor, Tensor, Tensor, int, int, float]
+
+
+def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
+    for _ in calls:
+        registry.count("kernel")
     kernels = registry.kernels("spectral_norm")
-    with torch.cuda.device_of(w):
-        config = kernels.default_config(w.dtype)
-        results = kernels.spectral_norm_fwd(
-            [_slices(w, dim)], [u], [v], steps, eps, w.dtype, config
-        )
+    ws, us, vs, dims, all_steps, all_eps = zip(*calls, strict=True)
+    steps = all_steps[0]
+    with torch.cuda.device_of(ws[0]):
+        config = kernels.default_config(ws[0].dtype)
+        xs = [_slices(w, dim) for w, dim in zip(ws, dims, strict=True)]
+        results = kernels.spectral_norm_fwd(xs, us, vs, steps, all_eps[0], ws[0].dtype, config)
     if steps:
-        torch.autograd.graph.increment_version((u, v))
-    ((y, *vectors),) = results
-    return y.view(w.shape), (w, *vectors)
+        torch.autograd.graph.increment_version((*us, *vs))
+    return [(y.view(w.shape), (w, *vectors)) for w, (y, *vectors) in zip(ws, results, strict=True)]
+
+
+def _kernel_bwd(
+    gs: Sequence[Tensor], saved: Sequence[Saved], dims: Sequence[int]
+) -> list[Gradients]:
+    kernels = registry.kernels("spectral_norm")
+    ws, us, vs, sigmas = zip(*saved, strict=True)
+    with torch.cuda.device_of(ws[0]):
+        config = kernels.default_config(ws[0].dtype)
+        slices = [[_slices(x, dim) for x, dim in zip(xs, dims, strict=True)] for xs in (gs, ws)]
+        dws = kernels.spectral_norm_bwd(*slices, us, vs, sigmas, config)
+    return [(dw.view(w.shape),) for w, dw in zip(ws, dws, strict=True)]
 
 
 # Iteration and division in one, which no operator can be: it changes the buffers.
 _iterate_and_divide = EagerMap(
-    _kernel_fwd,
+    lambda *call: _kernel_fwd([call])[0],
     lambda g, saved, dtype, dim, *_: _backward(g, saved, dtype, dim),
     lambda g, saved, dtype, dim, *_: _graph(g, saved, dtype, dim),
     n_tensors=3,
+)
+_iterate_and_divide_all = GroupedMap(
+    _iterate_and_divide,
+    _kernel_fwd,
+    lambda gs, saved, dtype, numbers: _kernel_bwd(gs, saved, [dim for dim, *_ in numbers]),
 )
 
 
@@ -160,6 +176,17 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     link._u.copy_(u)
     link._v.copy_(v)
     return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
+
+
+def steps(link: Any) -> tuple[int, float]:
+    """How many iterations the link makes now, and its eps."""
+    return link.n_power_iterations if link.training else 0, link.eps
+
+
+def spectral_norms(chains: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
+    """``spectral_norm`` of many (link, w) that the kernel takes, of one dtype and equal `steps`."""
+    calls = [(w, link._u, link._v, link.dim, *steps(link)) for link, w in chains]
+    return _iterate_and_divide_all(calls)
 
 
 def spectral_norm(link: Any, w: Tensor) -> Tensor:
@@ -184,8 +211,7 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     vectors = _buffers(link, w)
     path = registry.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
-        steps = link.n_power_iterations if link.training else 0
-        return _iterate_and_divide(w, *vectors, link.dim, steps, link.eps)
+        return _iterate_and_divide(w, *vectors, link.dim, *steps(link))
     x = w.to(compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():
