@@ -7,7 +7,7 @@ is read. A fused list is the same object with another class: keys, links, origin
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -32,7 +32,17 @@ class FusedParametrizationList(ParametrizationList):
         return cache.read(self, self._evaluate)
 
     def _evaluate(self) -> Tensor:
-        return registry.evaluate(RULES, tuple(self._modules.values()), *originals(self))
+        tensors = originals(self)
+        try:
+            return registry.evaluate(RULES, tuple(self._modules.values()), *tensors)
+        except RuntimeError as error:
+            if not any(map(is_sharded, tensors)):
+                raise
+            raise RuntimeError(
+                "a parametrized weight was read while its original is sharded (a DTensor), which "
+                "its chain cannot be evaluated on; read it inside the forward pass of the FSDP "
+                "module that holds it, or between the module's unshard() and reshard()."
+            ) from error
 
     def kind(self) -> registry.Kind | None:
         """What this weight has in common with those it can be evaluated with; None: alone."""
@@ -55,6 +65,7 @@ class FusedParametrizationList(ParametrizationList):
         torch replaces the storage of the originals, which drops their gradient accumulators, so
         that DDP stops averaging them without a word; and it leaves links half changed on errors.
         """
+        require_whole("assignment", originals(self))
         with restored_on_error(links=[self]), torch.no_grad():
             real = swap_originals(self, [stand_in(x) for x in originals(self)])
             try:
@@ -98,6 +109,20 @@ def swap_originals(plist: ParametrizationList, new: Sequence[Tensor]) -> tuple[T
         home: dict[str, Any] = plist._parameters if name in plist._parameters else plist._buffers
         home[name] = tensor
     return old
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process has a part only."""
+    return hasattr(x, "full_tensor")
+
+
+def require_whole(who: str, tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError if FSDP has sharded a tensor."""
+    if any(map(is_sharded, tensors)):
+        raise ValueError(
+            f"{who}: the tensor must be whole, but it is sharded (a DTensor), and FSDP keeps "
+            "account of its place; do this before fully_shard(), or load a state_dict."
+        )
 
 
 def fuse(model: nn.Module, *, strict: bool = False) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 _shared: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDictionary()
+_BASE = "_class_before_parametrizations"  # in a class made here, and not in what is made of it
 _OF_ABC = ("_abc_impl", "__abstractmethods__")
 
 
@@ -29,7 +30,7 @@ def share_class(module: nn.Module, *more: str) -> None:
     A class that is not torch's alone stays: FSDP's, or one to which somebody has added methods.
     """
     cls = type(module)
-    if isinstance(cls, _Shared) or _is_torchs(cls):
+    if _BASE in vars(cls) or _is_torchs(cls):
         parametrized: Any = module.parametrizations
         module.__class__ = shared_class(cls.__bases__[0], *sorted({*parametrized, *more}))
 
@@ -39,7 +40,7 @@ def shared_class(base: type, *names: str) -> type:
     cls = _shared.get((base, names))
     if cls is None:
         content: dict[str, Any] = {name: parametrized_tensor(name) for name in names}
-        content["__module__"] = torch_parametrize.__name__
+        content |= {"__module__": torch_parametrize.__name__, _BASE: base}
         if not hasattr(base, "__deepcopy__"):
             content["__deepcopy__"] = _deepcopy
         cls = _metaclass(type(base))(f"Parametrized{base.__name__}", (base,), content)

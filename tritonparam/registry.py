@@ -170,6 +170,8 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
             return "the original has no strided storage"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return ""
