@@ -7,7 +7,9 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tritonparam as tp
 
@@ -129,3 +131,109 @@ def test_transforms_are_not_cached(layer):
         layer.weight
         assert torch.allclose(torch.func.grad(loss)(original), expected)
         assert reads(layer) == 0
+
+
+def another() -> nn.Module:
+    return tp.register_parametrization(nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+
+
+def test_of_a_model_only(layer):
+    other = another()
+    with tp.cached(nn.Sequential(layer, nn.ReLU())):
+        assert [reads(layer), reads(layer)] == [1, 0]
+        assert [reads(other), reads(other)] == [1, 1]
+        with tp.cached(other):
+            assert [reads(layer), reads(other), reads(other)] == [0, 1, 0]
+        assert [reads(layer), reads(other), reads(other)] == [0, 1, 1]
+        with tp.cached(other):
+            assert reads(other) == 1
+        with tp.cached():
+            assert [reads(layer), reads(other), reads(other)] == [0, 1, 0]
+    assert reads(layer) == 1
+    with tp.cached():
+        reads(other)
+        with tp.cached(layer):
+            assert [reads(layer), reads(other)] == [1, 0]
+        assert reads(layer) == 0
+    with pytest.raises(TypeError, match="cached: the model must be an nn.Module, got int; pass"):
+        tp.cached(3).__enter__()
+
+
+def test_writing_to_a_kept_weight_is_seen(layer):
+    with tp.cached(layer), torch.no_grad():
+        expected = layer.weight.clone()
+        layer.weight.zero_()
+        assert torch.equal(layer.weight, expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("backward", ["inside", "outside"])
+@pytest.mark.parametrize("read_first", [True, False])
+def test_activation_checkpoints(layer, reentrant, backward, read_first):
+    """Two regions read one weight, one of them twice."""
+    original = layer.parametrizations.weight.original
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def loss(run):
+        scale = layer.weight.sum() if read_first else 1.0
+        y = run(lambda x: layer(layer(x).tanh()).tanh(), x)
+        return (run(lambda y: layer(y).square(), y) * scale).sum()
+
+    expected = torch.autograd.grad(loss(lambda function, x: function(x)), [original, x])
+    with tp.cached(layer):
+        value = loss(lambda *args: checkpoint(*args, use_reentrant=reentrant))
+        if backward == "inside":
+            value.backward()
+    if backward == "outside":
+        value.backward()
+    assert torch.allclose(original.grad, expected[0], atol=1e-5)
+    assert torch.allclose(x.grad, expected[1], atol=1e-5)
+    assert original.grad.abs().max() > 0
+
+
+def test_a_checkpoint_keeps_its_checks(layer):
+    def region(x):
+        return layer(x).square()
+
+    original = layer.parametrizations.weight.original
+    with tp.cached(layer):
+        value = checkpoint(region, torch.ones(1, 4), use_reentrant=False).sum()
+        with torch.no_grad():
+            layer.weight = torch.eye(4)
+        value.backward()  # torch recomputes with what the weight is now
+        expected = torch.autograd.grad(region(torch.ones(1, 4)).sum(), original)
+        assert torch.allclose(original.grad, expected[0], atol=1e-6)
+
+
+def test_a_backward_pass_does_not_read_what_was_kept(layer):
+    seen = []
+    with tp.cached(layer):
+        y = layer(torch.ones(1, 4))
+        y.register_hook(lambda g: seen.extend([reads(layer), reads(layer)]))
+        y.sum().backward()
+        assert reads(layer) == 0
+    assert seen == [1, 1]
+
+
+def test_a_captured_graph_computes_its_own(layer, monkeypatch):
+    with tp.cached(layer):
+        assert [reads(layer), reads(layer)] == [1, 0]
+        monkeypatch.setattr(tp.cache, "_capturing", lambda: True)
+        assert [reads(layer), reads(layer)] == [1, 1]
+        with tp.cached(layer):
+            assert [reads(layer), reads(layer)] == [1, 0]
+        monkeypatch.undo()
+        assert reads(layer) == 0
+
+
+def test_a_compiled_model_is_compiled_once(layer):
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    x = torch.randn(2, 4)
+    expected = layer(x)
+    compiled(x)
+    for _ in range(2):
+        with tp.cached(layer):
+            assert torch.allclose(compiled(x), expected, atol=1e-6)
+    assert counter.frame_count == 1

@@ -41,6 +41,7 @@ FLOORS = {
     "cache": 2.1,
     "autograd": 2.1,
     "once": 2.2,
+    "together": 2.2,
     "ops": 3,
     "ops.cayley": 3,
     "ops.expm": 3,

@@ -111,6 +111,8 @@ def test_torchs_cache_keeps_modules_apart():
         with pytest.raises(RuntimeError, match="Cannot trace a model while caching"):
             torch.jit.trace(first, torch.ones(1, 4))
     assert first.weight is not first.weight
+    traced = torch.jit.trace(first, torch.ones(1, 4))  # composed
+    assert torch.allclose(traced(torch.ones(2, 4)), first(torch.ones(2, 4)), atol=1e-6)
 
 
 class Abstract(nn.Module, abc.ABC):

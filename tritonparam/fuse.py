@@ -6,7 +6,7 @@ is read. A fused list is the same object with another class: keys, links, origin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,34 @@ class FusedParametrizationList(ParametrizationList):
         return cache.read(self, self._evaluate)
 
     def _evaluate(self) -> Tensor:
-        return registry.evaluate(declared.table(), tuple(self._modules.values()), *originals(self))
+        tensors = originals(self)
+        try:
+            return registry.evaluate(declared.table(), tuple(self._modules.values()), *tensors)
+        except RuntimeError as error:
+            if not any(map(is_sharded, tensors)):
+                raise
+            raise RuntimeError(
+                "a parametrized weight was read while its original is sharded (a DTensor), which "
+                "its chain cannot be evaluated on; read it inside the forward pass of the FSDP "
+                "module that holds it, or between the module's unshard() and reshard()."
+            ) from error
+
+    def kind(self) -> registry.Kind | None:
+        """What this weight has in common with those it can be evaluated with; None: alone."""
+        return registry.kind(declared.table(), tuple(self._modules.values()), originals(self))
+
+    @staticmethod
+    def together(lists: Sequence[FusedParametrizationList]) -> list[Tensor]:
+        """The weights of several lists of one kind."""
+        kind = lists[0].kind()
+        assert kind is not None
+        chains = [(tuple(x._modules.values()), originals(x)) for x in lists]
+        try:
+            return kind.rule.together(chains)
+        except Exception as error:
+            xs = chains[0][1]
+            registry.fall_back(error, kind.rule.name, xs[-1], kind.rule.size(*xs))
+            return [x._evaluate() for x in lists]
 
     def plan(self) -> list[registry.Step]:
         """How the chain is evaluated as it is now: its steps, each a rule, its links, a reason."""
@@ -43,6 +70,7 @@ class FusedParametrizationList(ParametrizationList):
         torch replaces the storage of the originals, which drops their gradient accumulators, so
         that DDP stops averaging them without a word; and it leaves links half changed on errors.
         """
+        require_whole("assignment", originals(self))
         with restored_on_error(links=[self]), torch.no_grad():
             real = swap_originals(self, [stand_in(x) for x in originals(self)])
             try:
@@ -86,6 +114,20 @@ def swap_originals(plist: ParametrizationList, new: Sequence[Tensor]) -> tuple[T
         home: dict[str, Any] = plist._parameters if name in plist._parameters else plist._buffers
         home[name] = tensor
     return old
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, of which this process has a part only."""
+    return hasattr(x, "full_tensor")
+
+
+def require_whole(who: str, tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError if FSDP has sharded a tensor."""
+    if any(map(is_sharded, tensors)):
+        raise ValueError(
+            f"{who}: the tensor must be whole, but it is sharded (a DTensor), and FSDP keeps "
+            "account of its place; do this before fully_shard(), or load a state_dict."
+        )
 
 
 def fuse(model: nn.Module, *, strict: bool = False, legacy: bool = False) -> nn.Module:

@@ -23,6 +23,7 @@ Content = Callable[[type], dict[str, Any]]
 _shared: WeakValueDictionary[tuple[type, tuple[str, ...], Content | None], type]
 _shared = WeakValueDictionary()
 _OF_PYTHON = ("__slotnames__", "_abc_impl", "__abstractmethods__")  # of copies, of ABCs
+_BASE = "_class_before_parametrizations"  # in a class made here, and not in what is made of it
 
 
 def share_class(module: nn.Module, *more: str, content: Content | None = None) -> None:
@@ -32,7 +33,7 @@ def share_class(module: nn.Module, *more: str, content: Content | None = None) -
     A class that is not torch's alone stays: FSDP's, or one to which somebody has added methods.
     """
     cls = type(module)
-    if isinstance(cls, _Shared) or _is_torchs(cls):
+    if _BASE in vars(cls) or _is_torchs(cls):
         parametrized: Any = module.parametrizations
         names = tuple(sorted({*parametrized, *more}))
         module.__class__ = _shared_class(cls.__bases__[0], names, content)
@@ -43,7 +44,7 @@ def _shared_class(base: type, names: tuple[str, ...], content: Content | None) -
     cls = _shared.get((base, names, content))
     if cls is None:
         body: dict[str, Any] = {name: parametrized_tensor(name) for name in names}
-        body |= {"__module__": torch_parametrize.__name__, "__getstate__": _refuse}
+        body |= {"__module__": torch_parametrize.__name__, "__getstate__": _refuse, _BASE: base}
         if not hasattr(base, "__deepcopy__"):
             body["__deepcopy__"] = _deepcopy
         body |= content(base) if content else {}

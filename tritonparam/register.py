@@ -14,7 +14,15 @@ from torch.nn.utils import parametrize as torch_parametrize
 from torch.nn.utils.parametrize import is_parametrized
 
 from tritonparam import once
-from tritonparam.fuse import fuse_list, inject, lists, require_module, swap_originals
+from tritonparam.fuse import (
+    fuse_list,
+    inject,
+    lists,
+    originals,
+    require_module,
+    require_whole,
+    swap_originals,
+)
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
@@ -66,6 +74,8 @@ def register_parametrization(
             f"{'None' if hasattr(module, tensor_name) else 'not there'}; "
             f"it has {', '.join(_tensor_names(module)) or 'none'}."
         )
+    if real is not None:
+        require_whole(who, [real])
     names = list(home)
     holders = [module, *lists(module).values()]
     if is_parametrized(module):
@@ -138,6 +148,7 @@ def remove_parametrizations(
             f"{', '.join(lists(module)) or 'none'}."
         )
     plist = lists(module)[tensor_name]
+    require_whole("remove_parametrizations", originals(plist))
     names_before = getattr(plist, "names_before", None)
     value = None
     if plist.is_tensor and leave_parametrized:

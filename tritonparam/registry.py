@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,10 @@ class Rule:
             from the composed one on purpose, or the empty string.
         launches: called as ``launches(links, *tensors)``; returns how many Triton kernels the
             forward and the backward pass launch where `kernel_declines` is empty.
+        alike: called as ``alike(links, *tensors)``; returns what chains must have in common, beside
+            device and dtype, for ``together`` to take them. None evaluates the chain by itself.
+        together: called as ``together(chains)`` with ``(links, tensors)`` of each, for which the
+            kernel runs; returns their values, in fresh storage, each with a graph of its own.
     """
 
     name: str
@@ -68,6 +72,15 @@ class Rule:
     kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
     differs: Callable[..., str] = lambda links, *xs: ""
     launches: Callable[..., tuple[int, int]] | None = None
+    alike: Callable[..., Hashable] = lambda *chain: None
+    together: Callable[..., list[Tensor]] = lambda chains: []
+
+
+class Kind(NamedTuple):
+    """What chains that are evaluated together have in common: the rule, and all it depends on."""
+
+    rule: Rule
+    common: Hashable
 
 
 Step = tuple[Rule | None, tuple[nn.Module, ...], str]
@@ -115,6 +128,17 @@ def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> 
     return xs[0]
 
 
+def kind(rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]) -> Kind | None:
+    """The kind of a chain of which kernels evaluate several at once, or None."""
+    rule, n, _ = lookup(rules, links, xs)
+    if rule is None or n < len(links) or _override == "closed":
+        return None
+    alike = rule.alike(links, *xs)
+    if alike is None or rule.kernel_declines(links, *xs):
+        return None
+    return Kind(rule, (alike, *[(x.device, x.dtype, x.requires_grad) for x in xs]))
+
+
 def plan(
     rules: Sequence[Rule], links: Sequence[nn.Module], originals: Sequence[Tensor]
 ) -> list[Step]:
@@ -156,6 +180,8 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
             return "the original has no strided storage"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return ""

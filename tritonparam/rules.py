@@ -194,6 +194,11 @@ def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> s
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
 
 
+def _shape_to_stack(links: Sequence[nn.Module], w: Tensor) -> tuple[int, ...] | None:
+    # Beyond, one matrix keeps a GPU busy, and a stack of the intermediates takes memory.
+    return tuple(w.shape) if w.size(-1) <= 512 else None
+
+
 _SPECTRAL_NORM = Rule(
     name="spectral_norm",
     chain=(_SpectralNorm,),
@@ -202,6 +207,8 @@ _SPECTRAL_NORM = Rule(
     kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
     size=Tensor.numel,
     launches=lambda links, w: spectral_norm.launches(links[0], w),
+    alike=lambda links, w: spectral_norm.steps(links[0]),
+    together=lambda chains: spectral_norm.spectral_norms([(x[0], w) for x, (w,) in chains]),
 )
 
 RULES = (
@@ -213,6 +220,10 @@ RULES = (
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
         kernels=cayley.kernel_file,
         launches=lambda links, w: cayley.launches(w),
+        alike=_shape_to_stack,
+        together=lambda chains: cayley.skew_cayleys(
+            [(w, _signature(links, w)) for links, (w,) in chains]
+        ),
     ),
     Rule(
         name="skew_exp",
@@ -222,6 +233,8 @@ RULES = (
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
         kernels=expm.kernel_file,
         launches=lambda links, w: expm.launches(w, "skew"),
+        alike=_shape_to_stack,
+        together=lambda chains: expm.skew_exps([w for _, (w,) in chains]),
     ),
     Rule(
         name="symmetric_exp",
@@ -231,6 +244,8 @@ RULES = (
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
         kernels=expm.kernel_file,
         launches=lambda links, w: expm.launches(w, "symmetric"),
+        alike=_shape_to_stack,
+        together=lambda chains: expm.symmetric_exps([w for _, (w,) in chains]),
     ),
     Rule(
         name="matrix_exp",
@@ -278,5 +293,9 @@ RULES = (
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
         launches=lambda links, g, v: weight_norm.launches(links[0], v),
+        alike=lambda links, g, v: "any",
+        together=lambda chains: weight_norm.weight_norms(
+            [(links[0], g, v) for links, (g, v) in chains]
+        ),
     ),
 )

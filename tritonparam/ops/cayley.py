@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from tritonparam import configs, registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inverse_definite
+from tritonparam.together import stacked
 
 _TILE_MAX_N = 64  # one program for each matrix; above, a sequence of products
 _KERNEL_MAX_N = 4096
@@ -102,6 +104,9 @@ _skew_cayley = FusedMap(
 )
 
 
+_skew_cayleys = stacked(_skew_cayley, 2)
+
+
 def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
     """The orthogonal matrix (I + X)(I - X)⁻¹ diag(signature), X = triu(w, 1) - triu(w, 1)ᵀ.
 
@@ -113,3 +118,8 @@ def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
     return _skew_cayley(w, signature)
+
+
+def skew_cayleys(calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """``skew_cayley`` of many pairs, all of one shape and dtype, in the launches of one."""
+    return _skew_cayleys(calls)

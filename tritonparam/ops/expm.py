@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from tritonparam import configs, registry
 from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
+from tritonparam.together import stacked
 
 _TILE_MAX_N = 32  # one program per matrix; beyond, and in fp64, sequences of products
 _KERNEL_MAX_N = 4096
@@ -132,6 +134,7 @@ def _map(name: str, kind: Kind) -> FusedMap:
 _skew_exp = _map("skew_exp", "skew")
 _symmetric_exp = _map("symmetric_exp", "symmetric")
 _matrix_exp = _map("matrix_exp", "general")
+_skew_exps, _symmetric_exps = stacked(_skew_exp, 1), stacked(_symmetric_exp, 1)
 
 
 def skew_exp(w: Tensor) -> Tensor:
@@ -158,3 +161,13 @@ def symmetric_exp(w: Tensor) -> Tensor:
 def matrix_exp(a: Tensor) -> Tensor:
     """exp(a) of any square matrices [..., n, n]; dtypes and result as for ``skew_exp``."""
     return _matrix_exp(a)
+
+
+def skew_exps(ws: Sequence[Tensor]) -> list[Tensor]:
+    """``skew_exp`` of many tensors, all of one shape and dtype, in the launches of one."""
+    return _skew_exps([(w,) for w in ws])
+
+
+def symmetric_exps(ws: Sequence[Tensor]) -> list[Tensor]:
+    """``symmetric_exp`` of many tensors, all of one shape and dtype, in the launches of one."""
+    return _symmetric_exps([(w,) for w in ws])

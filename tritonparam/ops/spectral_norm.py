@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from tritonparam import registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.together import GroupedMap
 
 
 def kernel_declines(link: Any, w: Tensor) -> str:
@@ -21,12 +23,12 @@ def kernel_declines(link: Any, w: Tensor) -> str:
 
 def launches(link: Any, w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return registry.kernels("spectral_norm").launch_counts(_steps(link))
+    return registry.kernels("spectral_norm").launch_counts(steps(link)[0])
 
 
-def _steps(link: Any) -> int:
-    """The power iterations of a read."""
-    return link.n_power_iterations if link.training else 0
+def steps(link: Any) -> tuple[int, float]:
+    """How many iterations the link makes in a read now, and its eps."""
+    return link.n_power_iterations if link.training else 0, link.eps
 
 
 def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
@@ -82,13 +84,8 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradient
     # dW = (G - (<G, W>/σ) u vᵀ)/σ
     w, u, v, sigma = saved
     if registry.path(_declines(w, u, v)) == "kernel":
-        kernels = registry.kernels("spectral_norm")
         try:
-            with torch.cuda.device_of(w):
-                config = kernels.default_config(w.dtype)
-                lists = [_slices(g, dim)], [_slices(w, dim)], [u], [v], [sigma]
-                (dw,) = kernels.spectral_norm_bwd(*lists, config)
-            return (dw.view(w.shape),)
+            return _kernel_bwd([g], [saved], [dim])[0]
         except Exception as error:
             registry.fall_back(error, "spectral_norm", w, w.numel())
     s = _divisor(sigma)
@@ -133,28 +130,46 @@ _divide = FusedMap(
 )
 
 
-def _kernel_fwd(
-    w: Tensor, u: Tensor, v: Tensor, dim: int, steps: int, eps: float
-) -> tuple[Tensor, Saved]:
+Call = tuple[Tensor, Tensor, Tensor, int, int, float]
+
+
+def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     kernels = registry.kernels("spectral_norm")
-    with torch.cuda.device_of(w):
-        config = kernels.default_config(w.dtype)
-        results = kernels.spectral_norm_fwd(
-            [_slices(w, dim)], [u], [v], steps, eps, w.dtype, config
-        )
-    registry.count("kernel")
+    ws, us, vs, dims, (steps, *_), (eps, *_) = zip(*calls, strict=True)
+    with torch.cuda.device_of(ws[0]):
+        config = kernels.default_config(ws[0].dtype)
+        xs = [_slices(w, dim) for w, dim in zip(ws, dims, strict=True)]
+        results = kernels.spectral_norm_fwd(xs, us, vs, steps, eps, ws[0].dtype, config)
+    for _ in calls:
+        registry.count("kernel")
     if steps:
-        torch.autograd.graph.increment_version((u, v))
-    ((y, *vectors),) = results
-    return y.view(w.shape), (w, *vectors)
+        torch.autograd.graph.increment_version((*us, *vs))
+    return [(y.view(w.shape), (w, *vectors)) for w, (y, *vectors) in zip(ws, results, strict=True)]
+
+
+def _kernel_bwd(
+    gs: Sequence[Tensor], saved: Sequence[Saved], dims: Sequence[int]
+) -> list[Gradients]:
+    kernels = registry.kernels("spectral_norm")
+    ws, us, vs, sigmas = zip(*saved, strict=True)
+    with torch.cuda.device_of(ws[0]):
+        config = kernels.default_config(ws[0].dtype)
+        slices = [[_slices(x, dim) for x, dim in zip(xs, dims, strict=True)] for xs in (gs, ws)]
+        dws = kernels.spectral_norm_bwd(*slices, us, vs, sigmas, config)
+    return [(dw.view(w.shape),) for w, dw in zip(ws, dws, strict=True)]
 
 
 # Iteration and division in one, which no operator can be: it changes the buffers.
 _iterate_and_divide = EagerMap(
-    _kernel_fwd,
+    lambda *call: _kernel_fwd([call])[0],
     lambda g, saved, dtype, dim, *_: _backward(g, saved, dtype, dim),
     lambda g, saved, dtype, dim, *_: _graph(g, saved, dtype, dim),
     n_tensors=3,
+)
+_iterate_and_divide_all = GroupedMap(
+    _iterate_and_divide,
+    _kernel_fwd,
+    lambda gs, saved, dtype, numbers: _kernel_bwd(gs, saved, [dim for dim, *_ in numbers]),
 )
 
 
@@ -189,6 +204,12 @@ def advance(link: Any, w: Tensor) -> None:
             _iterate(link, _matrix(w.to(compute_dtype(w.dtype)), link.dim))
 
 
+def spectral_norms(chains: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
+    """``spectral_norm`` of many (link, w) that the kernel takes, of one dtype and equal `steps`."""
+    calls = [(w, link._u, link._v, link.dim, *steps(link)) for link, w in chains]
+    return _iterate_and_divide_all(calls)
+
+
 def spectral_norm(link: Any, w: Tensor) -> Tensor:
     """The weight divided by its spectral norm σ = uᵀ W v, with u and v held constant.
 
@@ -212,7 +233,7 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     path = registry.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
         try:
-            return _iterate_and_divide(w, *vectors, link.dim, _steps(link), link.eps)
+            return _iterate_and_divide(w, *vectors, link.dim, *steps(link))
         except Exception as error:  # before the last launch, the one that writes u and v
             registry.fall_back(error, "spectral_norm", w, w.numel())
     x = w.to(compute_dtype(w.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from tritonparam import registry
 from tritonparam.autograd import FusedMap, Gradients, Saved
 from tritonparam.numerics import compute_dtype
+from tritonparam.together import GroupedMap
 
 # torch's own loops for the first and the last dimension, in fp32 for fp16 and bf16. Their
 # second derivatives are wrong on the CPU (torch 2.13 fails gradgradcheck), those here are not.
@@ -68,31 +70,43 @@ def _fused(v: Tensor, dim: int) -> bool:
     return dim in (0, v.dim() - 1) and v.numel() > 0
 
 
-def _kernel_fwd(g: Tensor, v: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Saved]:
-    kernels = registry.kernels("weight_norm")
-    with torch.cuda.device_of(v):
-        config = kernels.default_config(v.dtype)
-        x = _slices(v.contiguous(), dim)
-        ((w, norm),) = kernels.weight_norm_fwd([g.reshape(-1)], [x], dtype, config)
-    return w.view(v.shape), (g, v, norm.view(g.shape))
+Call = tuple[Tensor, Tensor, int, bool]
 
 
-def _kernel_bwd(grad: Tensor, saved: Saved, dim: int) -> Gradients:
-    g, v, norm = saved
+def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     kernels = registry.kernels("weight_norm")
-    with torch.cuda.device_of(v):
-        config = kernels.default_config(v.dtype)
-        grad, x = (_slices(t.contiguous(), dim) for t in (grad, v))
-        pairs = kernels.weight_norm_bwd([grad], [g.reshape(-1)], [x], [norm.reshape(-1)], config)
-    ((dg, dv),) = pairs
-    return dg.view(g.shape), dv.view(v.shape)
+    gs, vs, dims, rounded = zip(*calls, strict=True)
+    dtype = vs[0].dtype if rounded[0] else compute_dtype(vs[0].dtype)
+    with torch.cuda.device_of(vs[0]):
+        config = kernels.default_config(vs[0].dtype)
+        xs = [_slices(v.contiguous(), dim) for v, dim in zip(vs, dims, strict=True)]
+        results = kernels.weight_norm_fwd([g.reshape(-1) for g in gs], xs, dtype, config)
+    pairs = zip(gs, vs, results, strict=True)
+    return [(w.view(v.shape), (g, v, norm.view(g.shape))) for g, v, (w, norm) in pairs]
+
+
+def _kernel_bwd(
+    grads: Sequence[Tensor], saved: Sequence[Saved], dims: Sequence[int]
+) -> list[Gradients]:
+    kernels = registry.kernels("weight_norm")
+    gs, vs, norms = zip(*saved, strict=True)
+    with torch.cuda.device_of(vs[0]):
+        config = kernels.default_config(vs[0].dtype)
+        dws, xs = (
+            [_slices(x.contiguous(), dim) for x, dim in zip(tensors, dims, strict=True)]
+            for tensors in (grads, vs)
+        )
+        gs_flat, norms_flat = ([x.reshape(-1) for x in tensors] for tensors in (gs, norms))
+        results = kernels.weight_norm_bwd(dws, gs_flat, xs, norms_flat, config)
+    pairs = zip(gs, vs, results, strict=True)
+    return [(dg.view(g.shape), dv.view(v.shape)) for g, v, (dg, dv) in pairs]
 
 
 def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Saved]:
     dtype = compute_dtype(v.dtype)
     if registry.path(kernel_declines(g, v)) == "kernel":
         try:
-            result = _kernel_fwd(g, v, dim, v.dtype if rounded else dtype)
+            result = _kernel_fwd([(g, v, dim, rounded)])[0]
             registry.count("kernel")
             return result
         except Exception as error:
@@ -115,7 +129,7 @@ def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded:
     g, v, norm = saved
     if registry.path(kernel_declines(g, v)) == "kernel":
         try:
-            return _kernel_bwd(grad, saved, dim)
+            return _kernel_bwd([grad], [saved], [dim])[0]
         except Exception as error:
             registry.fall_back(error, "weight_norm", v, v.numel())
     if _fused(v, dim):
@@ -184,6 +198,28 @@ _weight_norm = FusedMap(
 )
 
 
+def _forwards(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
+    for _ in calls:
+        registry.count("kernel")
+    return _kernel_fwd(calls)
+
+
+_weight_norms = GroupedMap(
+    _weight_norm,
+    _forwards,
+    lambda gs, saved, dtype, numbers: _kernel_bwd(gs, saved, [dim for dim, _ in numbers]),
+)
+
+
+def weight_norms(chains: Sequence[tuple[Any, Tensor, Tensor]]) -> list[Tensor]:
+    """``weight_norm`` of many (link, g, v) of one dtype, which the kernel takes: few launches."""
+    return _weight_norms([(g, v, _dim(link, v), True) for link, g, v in chains])
+
+
+def _dim(link: Any, v: Tensor) -> int:
+    return link.dim if link.dim >= -1 else link.dim + v.dim()
+
+
 def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     """The weight g v/‖v‖, with one norm for every index of the link's dimension.
 
@@ -203,6 +239,5 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    dim = link.dim if link.dim >= -1 else link.dim + v.dim()
     # torch's loops round a half once, but an operator's result has the compute dtype.
-    return _weight_norm(g, v, dim, not torch.compiler.is_compiling())
+    return _weight_norm(g, v, _dim(link, v), not torch.compiler.is_compiling())
