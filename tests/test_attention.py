@@ -148,6 +148,23 @@ def test_a_compiled_layer_around_it():
     assert calls(layer) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_subclass_that_forwards_with_and_without_gradients(compiled):
+    class Both(nn.MultiheadAttention):
+        def forward(self, q):
+            with torch.no_grad():
+                first = super().forward(q, q, q)[0]
+            return first + super().forward(q, q, q)[0]
+
+    torch.compiler.reset()
+    module = tp.fuse(constrained(Both(4, 2), "in_proj_weight", "out_proj.weight"))
+    calls(module)
+    run = torch.compile(module, fullgraph=True, backend="eager") if compiled else module
+    run(torch.randn(3, 2, 4, dtype=torch.float64)).sum().backward()
+    assert calls(module) == [2, 2]
+    assert all(p.grad is not None for p in module.parameters())
+
+
 @pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.RNN])
 def test_transforms(kind):
     module = kind(4, 2).double()
@@ -160,7 +177,9 @@ def test_transforms(kind):
     def loss(parameters):
         return torch.func.functional_call(module, parameters, args)[0].square().sum()
 
+    tp.stats(reset=True)
     found = torch.func.grad(loss)(parameters)
+    assert tp.stats()["composed"] == 1
     loss(dict(module.named_parameters())).backward()
     for key, p in module.named_parameters():
         assert torch.allclose(found[key], p.grad)

@@ -109,8 +109,10 @@ def test_copies_after_training(cell):
     assert torch.equal(rnn(x)[0], y)
 
 
-def test_moves_and_conversions_evaluate_nothing():
+def test_moves_and_conversions_evaluate_nothing(monkeypatch):
     rnn, x = trained()
+    # It moves the storage of weights on a GPU, of those that autograd has saved too.
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", None)
     y = rnn(x)[0]
     tp.stats(reset=True)
     rnn.double().train().eval().flatten_parameters()
@@ -187,26 +189,28 @@ def test_a_forward_leaves_no_weights_behind():
 
 
 def test_threads_do_not_mix_their_weights():
-    class Interrupted(nn.Module):
-        busy = True
+    inside, go_on, found = threading.Event(), threading.Event(), []
 
+    class Waiting(nn.Module):
         def forward(self, x):
-            if not self.busy:
-                self.busy = True
-                thread = threading.Thread(target=without_gradients)
+            if threading.current_thread() is thread:
+                inside.set()
+                assert go_on.wait(60)
+            elif rnn is not None:
                 thread.start()
-                thread.join()
+                assert inside.wait(60)
             return x.sin()
 
     @torch.no_grad()
     def without_gradients():
         found.append(rnn(x)[0])
 
-    found: list[torch.Tensor] = []
-    rnn, link, x = nn.LSTM(3, 4), Interrupted(), torch.randn(5, 2, 3)
-    tp.register_parametrization(rnn, "weight_hh_l0", link)
-    link.busy = False
-    y = rnn(x)[0]
+    thread = threading.Thread(target=without_gradients)
+    rnn, x = None, torch.randn(5, 2, 3)
+    rnn = tp.register_parametrization(nn.LSTM(3, 4), "weight_hh_l0", Waiting())
+    y = rnn(x)[0]  # begins first and ends first
+    go_on.set()
+    thread.join()
     y.sum().backward()
     assert torch.allclose(found[0], y, atol=1e-6)
     assert not found[0].requires_grad
