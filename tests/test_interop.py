@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 
 import tritonparam as tp
-from tests.test_torch_models import Largest, state
+from tests.test_torch_models import Largest, assert_same_bits, state
 from tritonparam import interop
 
 geotorch = pytest.importorskip("geotorch", minversion="0.4")
+SymF = pytest.importorskip("geotorch.symmetric").SymF
 
 TRIVIALIZATIONS = ("expm", "cayley")
 
@@ -80,6 +81,10 @@ MAKERS = {
         SQUARE,
         lambda m, t: geotorch.positive_semidefinite_fixed_rank(of_shape(*m), "weight", 2, triv=t),
     ),
+    "symmetric_of_eigenvalues": (
+        SQUARE,
+        lambda m, t: registered(SymF(m, 2, (torch.sinh, torch.asinh), t), *m),
+    ),
     "alpha_stable": (SQUARE, lambda m, t: registered(geotorch.Hurwitz(m, 0.1, t), *m)),
 }
 makers = pytest.mark.parametrize("name", MAKERS)
@@ -125,35 +130,34 @@ def test_values_and_gradients_are_geotorchs(name, triv):
 
 
 @makers
-def test_state_assignment_and_updates_of_the_base_are_geotorchs(name):
-    triv = "cayley"  # whose values are torch's where pytorch #196592 is not
+def test_what_is_assigned_is_geotorchs_bits(name):
     for shape in MAKERS[name][0][:2]:
-        module = moved(MAKERS[name][1](shape, triv))
+        module = moved(MAKERS[name][1](shape, "cayley"))
         twin = tp.fuse(copy.deepcopy(module), strict=True)
-        other = MAKERS[name][1](shape, triv).weight.detach()
-        outcomes = []
-        for value in (None, other, torch.full_like(other, torch.nan)):
+        other = MAKERS[name][1](shape, "cayley").weight.detach()
+        for value in (other, torch.full_like(other, torch.nan)):
+            before, outcomes = state(twin), []
             for m in (module, twin):
-                m.load_state_dict(module.state_dict())
                 torch.manual_seed(1)
-                before = state(m)
                 try:
-                    if value is None:
-                        geotorch.update_base(m, "weight")
-                    else:
-                        m.weight = value
+                    m.weight = value
                 except (ValueError, RuntimeError) as refused:
                     outcomes.append(f"{type(refused).__name__} {refused}")
-                    if m is twin:
-                        assert all(torch.equal(before[k], v) for k, v in state(m).items())
-                else:
-                    outcomes.append("")
-            assert outcomes[-1] == outcomes[-2]
-            if not outcomes[-1]:
-                assert list(module.state_dict()) == list(twin.state_dict())
-                for key, value in module.state_dict().items():
-                    assert torch.allclose(twin.state_dict()[key], value, rtol=0, atol=1e-9), key
-                assert torch.allclose(twin.weight, module.weight, rtol=0, atol=1e-9)
+            if outcomes:
+                assert outcomes[0] == outcomes[1]
+                assert_same_bits(before, state(twin))
+            else:
+                assert_same_bits(state(module), state(twin))
+
+
+@pytest.mark.parametrize("name", ["so", "orthogonal", "low_rank", "psd"])
+def test_the_base_can_be_updated(name):
+    for shape in MAKERS[name][0][:2]:
+        module = tp.fuse(moved(MAKERS[name][1](shape, "cayley")), strict=True)
+        weight, before = module.weight.detach(), state(module)
+        geotorch.update_base(module, "weight")
+        assert torch.allclose(module.weight, weight, rtol=0, atol=1e-9)
+        assert any(not torch.equal(before[k], v) for k, v in state(module).items())
 
 
 def test_twenty_steps_are_geotorchs():
@@ -209,6 +213,20 @@ def test_a_triangle_before_a_map_of_ours(begin, end, lower):
     )
 
 
+def test_registering_a_manifold_is_all_or_nothing():
+    layer, manifold = nn.Linear(4, 5), geotorch.Stiefel((5, 4))
+    before = layer.weight.detach().clone(), manifold.base.clone()
+    with pytest.raises(ValueError, match="Tensor not contained in Stiefel"):
+        tp.register_parametrization(layer, "weight", manifold)
+    assert torch.equal(layer.weight, before[0])
+    assert torch.equal(manifold.base, before[1])
+    nn.init.orthogonal_(layer.weight)
+    value = layer.weight.detach().clone()
+    tp.register_parametrization(layer, "weight", manifold)
+    assert torch.allclose(layer.weight, value, atol=1e-6)
+    assert tp.explain(layer)[0].path == "closed"
+
+
 def custom(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_exp(2 * x)
 
@@ -221,6 +239,7 @@ def test_what_declines_names_the_class():
         (geotorch.Sphere(shape), "geotorch's Sphere has no fused form"),
         (geotorch.SphereEmbedded(shape), "geotorch's SphereEmbedded has no fused form"),
         (geotorch.Rn(shape), "geotorch's Rn has no fused form"),
+        (geotorch.ProductManifold([]), "geotorch's ProductManifold has no fused form"),
         (geotorch.SO(shape, custom), "SO has a trivialization that is not geotorch's, custom"),
         (geotorch.PSD(shape, triv=custom), "Stiefel has a trivialization that is not geotorch's"),
         (geotorch.Stiefel((5, 4)), "the base does not fit the original"),

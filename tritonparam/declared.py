@@ -31,8 +31,8 @@ def add_rule(
 
     The rule becomes a line of the table of rules, which is read from top to bottom at every read of
     a weight: rules that were added, in that order, then ours. The first whose classes are exactly
-    those of the next links is taken, unless it declines; so add a chain before its beginning. A
-    chain that was added already gets the new rule in the place of the old.
+    those of the next links is taken, unless it declines; so add (A, B) before (A,). A chain that
+    was added already gets the new rule in the place of the old.
 
     When a chain is fused in which the rule is taken, the fused and the composed value,
     vector-Jacobian product and buffers are compared, on random fp64 values and on the originals,

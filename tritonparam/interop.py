@@ -47,10 +47,12 @@ def discover() -> None:
     geotorch = sys.modules.get("geotorch")
     if geotorch is None or found:
         return
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "geotorch"]
     classes = {
         name: cls
-        for name, cls in vars(geotorch).items()
-        if isinstance(cls, type) and issubclass(cls, nn.Module)
+        for module in modules
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and _is_theirs(cls)
     }
     version = getattr(geotorch, "__version__", "")
     numbers = re.match(r"(\d+)\.(\d+)", version)
@@ -62,6 +64,10 @@ def discover() -> None:
         oldest = ".".join(map(str, _OLDEST))
         why = f"geotorch {version} is not like {oldest}, which is known: {other}"
         found = tuple(_rule(cls, _declined(why)) for cls in classes.values())
+
+
+def _is_theirs(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "geotorch"
 
 
 def _rules(geotorch: Any, classes: dict[str, type[nn.Module]]) -> Iterator[Rule]:
@@ -207,6 +213,6 @@ _FORMS = {
     "Stiefel": _FACTOR,
     "Grassmannian": _FACTOR._replace(value=_grassmannian),
     **dict.fromkeys(("LowRank", "FixedRank", "AlmostOrthogonal", "GLp", "SL"), _PRODUCT),
-    **dict.fromkeys(("PSSDLowRank", "PSSDFixedRank", "PSSD", "PSD"), _PRODUCT),
+    **dict.fromkeys(("SymF", "PSSDLowRank", "PSSDFixedRank", "PSSD", "PSD"), _PRODUCT),
     "Hurwitz": _Form(_hurwitz, _hurwitz_declines, _hurwitz_kernel_declines),
 }
