@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,14 +21,17 @@ def kernel_declines(w: Tensor) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
+def kernel_file(n: int, dtype: torch.dtype) -> str:
+    """The file of kernels for n x n matrices, or the empty string."""
+    if n > _KERNEL_MAX_N:
+        return ""
+    return "cayley" if n <= _TILE_MAX_N else "newton_schulz"
+
+
 def launches(w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return _kernels(w.size(-1)).LAUNCHES if w.numel() else (0, 0)
-
-
-def _kernels(n: int) -> Any:
-    """The kernels for n x n matrices."""
-    return registry.kernels("cayley" if n <= _TILE_MAX_N else "newton_schulz")
+    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    return kernels.LAUNCHES if w.numel() else (0, 0)
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if registry.path(kernel_declines(w)) == "kernel":
-        kernels = _kernels(w.size(-1))
+        kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
         try:
             with torch.cuda.device_of(w):
                 choice = ("cayley", "fwd", w, kernels.fwd_config)
@@ -74,7 +75,7 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
     q, d = saved
     if registry.path(kernel_declines(q)) == "kernel":
-        kernels = _kernels(q.size(-1))
+        kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
         try:
             with torch.cuda.device_of(q):
                 choice = ("cayley", "bwd", q, kernels.bwd_config)

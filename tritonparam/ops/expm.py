@@ -28,20 +28,23 @@ def kernel_declines(w: Tensor, kind: Kind) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
+def kernel_file(n: int, dtype: torch.dtype) -> str:
+    """The file of kernels for n x n matrices, skew or symmetric, or the empty string."""
+    if n > _KERNEL_MAX_N:
+        return ""
+    return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
+
+
 def launches(w: Tensor, kind: Kind) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return _file(w).launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
-
-
-def _file(w: Tensor) -> Any:
-    """The file of kernels that takes w."""
-    one_tile = w.size(-1) <= _TILE_MAX_N and w.dtype != torch.float64
-    return registry.kernels("expm" if one_tile else "expm_gemm")
+    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    return kernels.launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
 
 
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
-    n, kernels = w.size(-1), _file(w)
+    n = w.size(-1)
+    kernels = registry.kernels(kernel_file(n, w.dtype))
     choice = (f"{kind}_exp", phase, w, kernels.config)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
     return kernels, _SIGN[kind], config
