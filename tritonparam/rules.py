@@ -128,7 +128,7 @@ _SPECTRAL_NORM = Rule(
     declines=_spectral_norm_declines,
     kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
     size=Tensor.numel,
-    launches=lambda links, w: spectral_norm.launches(links[0], w),
+    launches=lambda links, w: spectral_norm.n_launches(links[0], w),
 )
 
 RULES = (
@@ -138,7 +138,7 @@ RULES = (
         op=_skew_cayley,
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
-        launches=lambda links, w: cayley.launches(w),
+        launches=lambda links, w: cayley.n_launches(w),
     ),
     Rule(
         name="skew_exp",
@@ -146,7 +146,7 @@ RULES = (
         op=lambda links, w: expm.skew_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
-        launches=lambda links, w: expm.launches(w, "skew"),
+        launches=lambda links, w: expm.n_launches(w, "skew"),
     ),
     Rule(
         name="symmetric_exp",
@@ -154,7 +154,7 @@ RULES = (
         op=lambda links, w: expm.symmetric_exp(w),
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
-        launches=lambda links, w: expm.launches(w, "symmetric"),
+        launches=lambda links, w: expm.n_launches(w, "symmetric"),
     ),
     Rule(
         name="matrix_exp",
@@ -169,7 +169,7 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
-        launches=lambda links, x: expm.launches(x, "skew"),
+        launches=lambda links, x: expm.n_launches(x, "skew"),
     ),
     _SPECTRAL_NORM,
     replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
@@ -180,6 +180,6 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
-        launches=lambda links, g, v: weight_norm.launches(links[0], v),
+        launches=lambda links, g, v: weight_norm.n_launches(links[0], v),
     ),
 )

@@ -28,10 +28,10 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "cayley" if n <= _TILE_MAX_N else "newton_schulz"
 
 
-def launches(w: Tensor) -> tuple[int, int]:
+def n_launches(w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
     kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
-    return kernels.LAUNCHES if w.numel() else (0, 0)
+    return kernels.N_LAUNCHES if w.numel() else (0, 0)
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:

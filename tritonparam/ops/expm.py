@@ -35,10 +35,10 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
 
 
-def launches(w: Tensor, kind: Kind) -> tuple[int, int]:
+def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
     kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
-    return kernels.launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
+    return kernels.n_launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
 
 
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:

@@ -19,9 +19,9 @@ def kernel_declines(link: Any, w: Tensor) -> str:
     return _declines(w, *_buffers(link, w))
 
 
-def launches(link: Any, w: Tensor) -> tuple[int, int]:
+def n_launches(link: Any, w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return registry.kernels("spectral_norm").launches(_steps(link))
+    return registry.kernels("spectral_norm").n_launches(_steps(link))
 
 
 def _steps(link: Any) -> int:
