@@ -338,7 +338,7 @@ def cayley_bwd(
     return dw
 
 
-LAUNCHES = (1, 1)  # of `cayley_fwd` and `cayley_bwd`
+N_LAUNCHES = (1, 1)  # of `cayley_fwd` and `cayley_bwd`
 
 
 def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:

@@ -283,7 +283,7 @@ def expm_bwd(
     return dw
 
 
-def launch_counts(sign: int, dtype: torch.dtype) -> tuple[int, int]:
+def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
     """Of `expm_fwd` and `expm_bwd`."""
     return 1, 1
 

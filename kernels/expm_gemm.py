@@ -217,7 +217,7 @@ def expm_bwd(
     return p.view(g.shape)
 
 
-def launch_counts(sign: int, dtype: torch.dtype) -> tuple[int, int]:
+def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
     """Of `expm_fwd` and `expm_bwd`, in the compute dtype."""
     even, odd = EVEN_ODD[sign, dtype]
     prepared = 5  # the mirror, A^2, A^4, A^3, the schedule

@@ -199,7 +199,7 @@ def cayley_bwd(
 
 # Of `cayley_fwd`: skew, P^T P, the start, two products a round and one in the last. And of
 # `cayley_bwd`: two products.
-LAUNCHES = (3 + 2 * (ROUNDS - 1) + 1, 2)
+N_LAUNCHES = (3 + 2 * (ROUNDS - 1) + 1, 2)
 
 
 def _start_options(dtype: torch.dtype) -> dict:

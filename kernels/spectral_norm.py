@@ -347,7 +347,7 @@ def spectral_norm_bwd(
     return dws
 
 
-def launch_counts(steps: int) -> tuple[int, int]:
+def n_launches(steps: int) -> tuple[int, int]:
     """Of `spectral_norm_fwd`, and of `spectral_norm_bwd`, for one tensor."""
     return max(2 * steps, 1) + 1, 2
 

@@ -177,7 +177,7 @@ def weight_norm_bwd(
     return list(zip(dgs, dvs, strict=True))
 
 
-def launch_counts(shape: Sequence[int], config: Config) -> tuple[int, int]:
+def n_launches(shape: Sequence[int], config: Config) -> tuple[int, int]:
     """Of `weight_norm_fwd` and `weight_norm_bwd` for one tensor [before, n, after]."""
     n = 1 if blocks(shape, config, whole=True).whole else 2
     return n, n

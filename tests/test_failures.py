@@ -174,7 +174,7 @@ def test_compilers_real_errors_are_told_apart():
     for function in (unsupported, refused):
         source = ASTSource(fn=JITFunction(function), signature={"x_ptr": "*fp32"}, constexprs={})
         with pytest.raises(Exception) as raised:  # noqa: PT011
-            triton.compile(source, target=GPUTarget("cuda", 90, 32))
+            triton.compile(source, GPUTarget("cuda", 90, 32), {"enable_fp_fusion": True})
         assert kernels.cannot_compile(raised.value), raised.value
 
 

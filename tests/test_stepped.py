@@ -88,6 +88,28 @@ def test_a_step_advances_once_after_the_update(name):
         torch.testing.assert_close(layer.weight, original(layer) / (u @ original(layer) @ v))
 
 
+def test_a_step_is_seen_inside_cached():
+    layer = step_layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with tp.cached():
+        first = layer.weight
+        assert layer.weight is first
+        loss(layer).backward()
+        optimizer.step()
+        u, v = vectors(layer)
+        torch.testing.assert_close(layer.weight, original(layer) / (u @ original(layer) @ v))
+
+
+def test_an_optimizer_of_another_kind_advances_by_hand():
+    layer = step_layer()
+    before = vectors(layer)
+    with torch.no_grad():
+        original(layer).add_(0.1)
+    stepped.advance(layer.parametrizations.weight[0], original(layer))
+    assert_close(vectors(layer), advanced(layer, before))
+    assert not torch.equal(vectors(layer)[0], before[0])
+
+
 def test_lbfgs_and_fp16():
     layer = step_layer().half()
     before = vectors(layer)

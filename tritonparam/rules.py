@@ -131,7 +131,7 @@ def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
 
 def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int]:
     """How many kernels the map of a square x launches, forward and backward."""
-    return expm.launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.launches(x)
+    return expm.n_launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.n_launches(x)
 
 
 def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
@@ -206,7 +206,7 @@ _SPECTRAL_NORM = Rule(
     declines=_spectral_norm_declines,
     kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
     size=Tensor.numel,
-    launches=lambda links, w: spectral_norm.launches(links[0], w),
+    launches=lambda links, w: spectral_norm.n_launches(links[0], w),
     alike=lambda links, w: spectral_norm.steps(links[0]),
     together=lambda chains: spectral_norm.spectral_norms([(x[0], w) for x, (w,) in chains]),
 )
@@ -219,7 +219,7 @@ RULES = (
         declines=_skew_cayley_declines,
         kernel_declines=lambda links, w: cayley.kernel_declines(w),
         kernels=cayley.kernel_file,
-        launches=lambda links, w: cayley.launches(w),
+        launches=lambda links, w: cayley.n_launches(w),
         alike=_shape_to_stack,
         together=lambda chains: cayley.skew_cayleys(
             [(w, _signature(links, w)) for links, (w,) in chains]
@@ -232,7 +232,7 @@ RULES = (
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "skew"),
         kernels=expm.kernel_file,
-        launches=lambda links, w: expm.launches(w, "skew"),
+        launches=lambda links, w: expm.n_launches(w, "skew"),
         alike=_shape_to_stack,
         together=lambda chains: expm.skew_exps([w for _, (w,) in chains]),
     ),
@@ -243,7 +243,7 @@ RULES = (
         declines=_square_declines,
         kernel_declines=lambda links, w: expm.kernel_declines(w, "symmetric"),
         kernels=expm.kernel_file,
-        launches=lambda links, w: expm.launches(w, "symmetric"),
+        launches=lambda links, w: expm.n_launches(w, "symmetric"),
         alike=_shape_to_stack,
         together=lambda chains: expm.symmetric_exps([w for _, (w,) in chains]),
     ),
@@ -292,7 +292,7 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
-        launches=lambda links, g, v: weight_norm.launches(links[0], v),
+        launches=lambda links, g, v: weight_norm.n_launches(links[0], v),
         alike=lambda links, g, v: "any",
         together=lambda chains: weight_norm.weight_norms(
             [(links[0], g, v) for links, (g, v) in chains]

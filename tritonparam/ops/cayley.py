@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +31,10 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "cayley" if n <= _TILE_MAX_N else "newton_schulz"
 
 
-def launches(w: Tensor) -> tuple[int, int]:
+def n_launches(w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return _kernels(w).LAUNCHES if w.numel() else (0, 0)
-
-
-def _kernels(w: Tensor) -> Any:
-    """The file of kernels that takes w."""
-    return registry.kernels(kernel_file(w.size(-1), w.dtype))
+    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    return kernels.N_LAUNCHES if w.numel() else (0, 0)
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
@@ -65,7 +60,7 @@ def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     if registry.path(kernel_declines(w)) == "kernel":
-        kernels = _kernels(w)
+        kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
         try:
             with torch.cuda.device_of(w):
                 choice = ("cayley", "fwd", w, kernels.fwd_config)
@@ -83,7 +78,7 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
     q, d = saved
     if registry.path(kernel_declines(q)) == "kernel":
-        kernels = _kernels(q)
+        kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
         try:
             with torch.cuda.device_of(q):
                 choice = ("cayley", "bwd", q, kernels.bwd_config)

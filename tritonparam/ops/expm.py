@@ -37,19 +37,16 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
 
 
-def launches(w: Tensor, kind: Kind) -> tuple[int, int]:
+def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return _file(w).launch_counts(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
-
-
-def _file(w: Tensor) -> Any:
-    """The file of kernels that takes w."""
-    return registry.kernels(kernel_file(w.size(-1), w.dtype))
+    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    return kernels.n_launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
 
 
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
-    n, kernels = w.size(-1), _file(w)
+    n = w.size(-1)
+    kernels = registry.kernels(kernel_file(n, w.dtype))
     choice = (f"{kind}_exp", phase, w, kernels.config)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
     return kernels, _SIGN[kind], config

@@ -21,9 +21,9 @@ def kernel_declines(link: Any, w: Tensor) -> str:
     return _declines(w, *_buffers(link, w))
 
 
-def launches(link: Any, w: Tensor) -> tuple[int, int]:
+def n_launches(link: Any, w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return registry.kernels("spectral_norm").launch_counts(steps(link)[0])
+    return registry.kernels("spectral_norm").n_launches(steps(link)[0])
 
 
 def steps(link: Any) -> tuple[int, float]:

@@ -25,11 +25,11 @@ def kernel_declines(g: Tensor, v: Tensor) -> str:
     return declined or ("" if v.numel() else "the original is empty")
 
 
-def launches(link: Any, v: Tensor) -> tuple[int, int]:
+def n_launches(link: Any, v: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
     kernels = registry.kernels("weight_norm")
     shape = _slices(v.to("meta"), link.dim if link.dim >= -1 else link.dim + v.dim()).shape
-    return kernels.launch_counts(shape, kernels.default_config(v.dtype)) if v.numel() else (0, 0)
+    return kernels.n_launches(shape, kernels.default_config(v.dtype)) if v.numel() else (0, 0)
 
 
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
