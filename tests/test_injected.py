@@ -156,6 +156,24 @@ def test_pickle_and_copy(make, tmp_path):
     assert again[1].weight.shape == module.weight.shape == (3, 3)
 
 
+Derived = type(layer_of())
+
+
+class Deriving(Derived):
+    """A user's class made of a shared one."""
+
+
+def test_a_class_made_of_a_shared_one_is_pickled_by_its_name():
+    assert pickle.loads(pickle.dumps(Deriving)) is Deriving
+    module = layer_of()
+    module.__class__ = Deriving
+    again = pickle.loads(pickle.dumps(module))
+    assert type(again) is Deriving
+    assert torch.equal(again.weight, module.weight)
+    tp.register_parametrization(module, "bias", tp.Pruning(torch.ones(4)))
+    assert type(module) is Deriving
+
+
 def test_pickle_and_copy_of_an_rnn():
     lstm = tp.orthogonal(nn.LSTM(3, 4), "weight_hh_l0")
     expected = lstm(torch.ones(2, 1, 3))[0]

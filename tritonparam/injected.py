@@ -104,7 +104,7 @@ class _Shared(type):
 def _is_injected(attribute: Any) -> bool:
     """Whether it is a property made here, or torch's."""
     homes = (__name__, torch_parametrize.__name__)
-    return isinstance(attribute, property) and attribute.fget.__module__ in homes
+    return isinstance(attribute, property) and getattr(attribute.fget, "__module__", None) in homes
 
 
 def _is_torchs(cls: type) -> bool:
@@ -124,6 +124,8 @@ def _metaclass(of: type) -> type:
     return metaclass
 
 
-def _recipe(cls: type) -> tuple[Any, ...]:
+def _recipe(cls: type) -> str | tuple[Any, ...]:
+    if _BASE not in vars(cls):  # a class made of a shared one: by its name, as any
+        return cls.__qualname__
     names = sorted(name for name, value in vars(cls).items() if _is_injected(value))
     return shared_class, (cls.__bases__[0], *names)
