@@ -13,17 +13,22 @@ from triton.compiler import ASTSource
 
 from tritonparam.kernels import (
     cayley,
+    elimination,
     expm,
     expm_gemm,
     gemm,
     mirror,
     newton_schulz,
     spectral_norm,
+    tall,
     weight_norm,
 )
 
-# Every file of kernels.
-MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm)
+# Every file of kernels that has some of its own.
+MODULES = (
+    *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
+    *(tall, elimination),
+)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

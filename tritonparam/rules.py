@@ -95,9 +95,15 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
 
 
 def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
-    if cast(Any, links[0]).orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
+    orthogonal_map = cast(Any, links[0]).orthogonal_map
+    if orthogonal_map == "matrix_exp" and x.size(-1) == x.size(-2):
         return expm.kernel_declines(x, "skew")
-    return no_kernel(x)
+    declines = {
+        "cayley": tall_cayley.kernel_declines,
+        "householder": householder.kernel_declines,
+        "matrix_exp": no_kernel,
+    }
+    return declines[orthogonal_map](tall(x))
 
 
 def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
