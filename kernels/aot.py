@@ -21,13 +21,14 @@ from tritonparam.kernels import (
     newton_schulz,
     spectral_norm,
     tall,
+    tall_expm,
     weight_norm,
 )
 
 # Every file of kernels that has some of its own.
 MODULES = (
     *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
-    *(tall, elimination),
+    *(tall, elimination, tall_expm),
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 

@@ -28,6 +28,7 @@ FLOORS = {
     "kernels.curve": 0.31,
     "kernels.tall_cayley": 0.35,
     "kernels.householder": 0.35,
+    "kernels.tall_expm": 0.35,
     "kernels.newton_schulz": 0.3,
     "kernels.spectral_norm": 0.2,
     "kernels.weight_norm": 0.2,

@@ -101,7 +101,7 @@ def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     declines = {
         "cayley": tall_cayley.kernel_declines,
         "householder": householder.kernel_declines,
-        "matrix_exp": no_kernel,
+        "matrix_exp": tall_expm.kernel_declines,
     }
     return declines[orthogonal_map](tall(x))
 

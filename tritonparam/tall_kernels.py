@@ -16,12 +16,14 @@ class TallKernels:
     """The kernels of one map of n×k matrices.
 
     Attributes:
-        name: of their file, and of the chain in the table of measured paths.
+        name: of the chain in the table of measured paths.
         max_k: the largest k that they take.
+        file: of kernels, where its name is another.
     """
 
     name: str
     max_k: int
+    file: str = ""
 
     def declines(self, x: Tensor) -> str:
         """Why they cannot take x, or the empty string."""
@@ -39,4 +41,4 @@ class TallKernels:
         choice = (self.name, phase, x, registry.kernels("tall").config)
         config = configs.launch(*choice, x.size(-1), x.dtype, registry.backend())
         with torch.cuda.device_of(x):
-            return getattr(registry.kernels(self.name), function)(*args, config)
+            return getattr(registry.kernels(self.file or self.name), function)(*args, config)
