@@ -13,17 +13,23 @@ from triton.compiler import ASTSource
 
 from tritonparam.kernels import (
     cayley,
+    elimination,
     expm,
     expm_gemm,
     gemm,
     mirror,
     newton_schulz,
     spectral_norm,
+    tall,
+    tall_expm,
     weight_norm,
 )
 
-# Every file of kernels.
-MODULES = (cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm)
+# Every file of kernels that has some of its own.
+MODULES = (
+    *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
+    *(tall, elimination, tall_expm),
+)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical
 # specifications (163 KiB on 8.0, 227 KiB on 9.0 and 10.0); LDS of a CDNA 3 compute unit.

@@ -166,6 +166,7 @@ def _orthogonal(orthogonal_map: str, base: bool) -> Callable[[Tensor], list[nn.M
 # The interpreter takes seconds for a sequence of products, which has tests of its own.
 _SEQUENCES = torch.cuda.is_available()
 _EXP_MAX_N = 4096 if _SEQUENCES else 32
+_TALL_MAX_K = 256 if _SEQUENCES else 0
 _EXP_DTYPES = tp.registry.DTYPES[: None if _SEQUENCES else 3]  # fp64, the last, is a sequence
 
 CASES = (
@@ -196,6 +197,7 @@ CASES = (
             name=name + ("_at_base" if base else ""),
             links=_orthogonal(orthogonal_map, base),
             form="tall",
+            max_kernel_n=_TALL_MAX_K,
             base=base,
         )
         for name, orthogonal_map in (

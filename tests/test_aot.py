@@ -50,7 +50,12 @@ def test_every_configuration_is_compiled(rows):
         assert {f"skew_{dtype}", f"symmetric_{dtype}"} <= set(names)
     for way in ("fwd", "bwd"):
         assert {f"{kind}_exp_{way}_{n}_fp32" for kind in KINDS for n in (16, 32)} <= set(names)
+    for form in ("skew", "lower", "triangle"):
+        assert {f"inverse_{form}_{k}" for k in (32, 64)} <= set(names)
+    assert {"tall_expm_schedule_fp64", "tall_expm_rows_fp64"} <= set(names)
     for dtype in ("fp32", "fp64"):
+        for sums in ("tall_gram_below", "tall_gram_unit", "tall_combine"):
+            assert {f"{sums}_{k}_{dtype}" for k in (32, 64)} <= set(names)
         assert f"newton_schulz_{dtype}" in names
         for form in FORMS:
             assert any(name.startswith(f"product_{form}_") for name in names)

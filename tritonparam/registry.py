@@ -71,7 +71,7 @@ class Rule:
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
     kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
     differs: Callable[..., str] = lambda links, *xs: ""
-    launches: Callable[..., tuple[int, int]] | None = None
+    launches: Callable[..., tuple[int, int] | None] | None = None
     alike: Callable[..., Hashable] = lambda *chain: None
     together: Callable[..., list[Tensor]] = lambda chains: []
 

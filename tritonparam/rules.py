@@ -87,6 +87,7 @@ def _cayley(x: Tensor) -> Tensor:
     return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
 
 
+_TALL = {"cayley": tall_cayley, "matrix_exp": tall_expm, "householder": householder}
 _FREE = {
     "cayley": _cayley,
     "matrix_exp": _exp,
@@ -126,11 +127,13 @@ def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
     if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
         exponential = orthogonal_map == "matrix_exp"
         return expm.kernel_declines(x, "skew") if exponential else cayley.kernel_declines(x)
-    return no_kernel(x)
+    return _TALL[orthogonal_map].kernel_declines(tall(x))
 
 
-def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int]:
-    """How many kernels the map of a square x launches, forward and backward."""
+def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int] | None:
+    """How many kernels the map launches, forward and backward, where it is known."""
+    if x.size(-1) != x.size(-2) or orthogonal_map == "householder":
+        return None
     return expm.n_launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.n_launches(x)
 
 

@@ -13,9 +13,17 @@ from torch import Tensor
 from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype
+from tritonparam.tall_kernels import TallKernels
 
 Factors = tuple[Tensor, Tensor, Tensor]
 Saved = tuple[Tensor, ...]
+
+_KERNELS = TallKernels("householder", max_k=256)  # one program inverts N
+
+
+def kernel_declines(x: Tensor) -> str:
+    """Why the Triton kernels cannot take x, or the empty string."""
+    return _KERNELS.declines(x)
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,13 +94,19 @@ def _again(x: Tensor, n: Tensor, dtype: torch.dtype) -> Factors:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(x)))
+    registry.count(path := _KERNELS.path(x))
+    if path == "kernel":
+        q, saved = _KERNELS.run("fwd", "householder_fwd", x, x, None)
+        return q, (x, *saved)
     factors = _factors(x.to(compute_dtype(x.dtype)))
     y = _small(factors)
     return _value(factors, y), (x, factors[2], y)
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    if len(saved) == 4:  # by the kernels
+        x, *more = saved
+        return (_KERNELS.run("bwd", "householder_bwd", x, g, x, None, tuple(more)),)
     x, n, y = saved
     return (_adjoint(g, _again(x, n, y.dtype), y),)
 
@@ -104,28 +118,40 @@ def _graph(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _resume(q: Tensor, x: Tensor) -> Saved:
+    if _KERNELS.path(x) == "kernel":
+        return x, *_KERNELS.run("fwd", "prepare", x, x, None)
     factors = _factors(x.to(compute_dtype(x.dtype)))
     return x, factors[2], _small(factors)
 
 
 def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
+    if _KERNELS.path(x) == "kernel":
+        registry.count("kernel")
+        q, more = _KERNELS.run("fwd", "householder_fwd", x, x, base)
+        return q, (x, base, *more)
     q, saved = _forward(x)
     factors = _factors(base.to(q.dtype))
-    return _at(factors, q), (*saved, base, factors[2])
+    return _at(factors, q), (x, base, *saved[1:], factors[2])
 
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
-    *rest, base, n = saved
-    return _backward(_at_adjoint(_again(base, n, g.dtype), g), tuple(rest), dtype)
+    if len(saved) == 7:  # by the kernels
+        x, base, *more = saved
+        return (_KERNELS.run("bwd", "householder_bwd", x, g, x, base, tuple(more)),)
+    x, base, *of_x, n = saved
+    return _backward(_at_adjoint(_again(base, n, g.dtype), g), (x, *of_x), dtype)
 
 
 def _graph_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
-    *rest, base, n = saved
-    return _graph(_at_adjoint(_again(base, n, g.dtype), g), tuple(rest), dtype)
+    x, base, *_ = saved
+    return _graph(_at_adjoint(_factors(base.to(g.dtype)), g), (x,), dtype)
 
 
 def _resume_at(q: Tensor, x: Tensor, base: Tensor) -> Saved:
-    return *_resume(q, x), base, _factors(base.to(q.dtype))[2]
+    if _KERNELS.path(x) == "kernel":
+        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base)
+    x, *of_x = _resume(q, x)
+    return x, base, *of_x, _factors(base.to(q.dtype))[2]
 
 
 _householder = FusedMap(

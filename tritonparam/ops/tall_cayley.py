@@ -15,11 +15,18 @@ from torch import Tensor
 from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inv_ex, inverse_definite
+from tritonparam.tall_kernels import TallKernels
 
 Parts = tuple[Tensor, Tensor]
 Saved = tuple[Tensor, ...]
 
+_KERNELS = TallKernels("tall_cayley", max_k=256)  # one program eliminates a k×k system
 _MAX_CONDITION = 2.0  # of S, ‖S‖_F ‖M‖_F / k, up to which fp32 is as exact as the n×n system
+
+
+def kernel_declines(x: Tensor) -> str:
+    """Why the Triton kernels cannot take x, or the empty string."""
+    return _KERNELS.declines(x)
 
 
 def _system(c: Tensor, p: Tensor, a: float) -> Tensor:
@@ -80,11 +87,16 @@ def _rows(x: Tensor) -> Parts:
 
 
 def _resume(q: Tensor, x: Tensor, a: float) -> Saved:
+    if _KERNELS.path(x) == "kernel":
+        return x, *_KERNELS.run("fwd", "prepare", x, x, None, a)
     return x, _inverse(lambda dtype: _rows(x.to(dtype)), x, a)[1]
 
 
 def _forward(x: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(x)))
+    registry.count(path := _KERNELS.path(x))
+    if path == "kernel":
+        q, saved = _KERNELS.run("fwd", "tall_cayley_fwd", x, x, None, a)
+        return q, (x, *saved)
     (_, p), m = _inverse(lambda dtype: _rows(x.to(dtype)), x, a)
     q = torch.cat([_cosine(m), p @ (2 * a * m)], -2)
     return q.to(compute_dtype(x.dtype)), (x, m)
@@ -98,6 +110,8 @@ def _rows_adjoint(g: Tensor, x: Tensor, m: Tensor, a: float) -> tuple[Tensor]:
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, a: float) -> tuple[Tensor]:
     x, m = saved
+    if _KERNELS.path(x) == "kernel":
+        return (_KERNELS.run("bwd", "tall_cayley_bwd", x, g, x, None, (m,), a),)
     return _rows_adjoint(g.to(m.dtype), x.to(m.dtype), m, a)
 
 
@@ -120,12 +134,17 @@ def _inverse_at(x: Tensor, base: Tensor, a: float) -> tuple[Parts, Tensor]:
 
 
 def _resume_at(w: Tensor, x: Tensor, base: Tensor, a: float) -> Saved:
+    if _KERNELS.path(x) == "kernel":
+        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base, a)
     (c, _), m = _inverse_at(x, base, a)
     return x, base, c, m
 
 
 def _forward_at(x: Tensor, base: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(x)))
+    registry.count(path := _KERNELS.path(x))
+    if path == "kernel":
+        w, saved = _KERNELS.run("fwd", "tall_cayley_fwd", x, x, base, a)
+        return w, (x, base, *saved)
     (c, p), m = _inverse_at(x, base, a)
     w = (base.to(m.dtype) @ _cosine(m)).add_(p @ (2 * a * m))
     return w.to(compute_dtype(x.dtype)), (x, base, c, m)
@@ -138,6 +157,9 @@ def _at_adjoint(g: Tensor, b: Tensor, p: Tensor, m: Tensor, a: float) -> tuple[T
 
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype, a: float) -> tuple[Tensor]:
+    if len(saved) == 5:  # by the kernels
+        x, base, *more = saved
+        return (_KERNELS.run("bwd", "tall_cayley_bwd", x, g, x, base, tuple(more), a),)
     x, base, c, m = saved
     b = base.to(m.dtype)
     return _at_adjoint(g.to(m.dtype), b, x.to(m.dtype) - b @ (2 * c), m, a)

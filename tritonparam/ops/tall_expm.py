@@ -11,6 +11,14 @@ from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype, identity_like
+from tritonparam.tall_kernels import TallKernels
+
+_KERNELS = TallKernels("tall_exp", max_k=256, file="tall_expm")  # products of 4k × 4k matrices
+
+
+def kernel_declines(x: Tensor) -> str:
+    """Why the Triton kernels cannot take x, or the empty string."""
+    return _KERNELS.declines(x)
 
 
 def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
@@ -52,6 +60,10 @@ def _value(x: Tensor) -> tuple[Tensor, Saved]:
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    if len(saved) == 6:  # by the kernels
+        x, *more = saved
+        assert x is not None
+        return (_KERNELS.run("bwd", "tall_expm_bwd", x, g, x, None, tuple(more)),)
     x, bottom, *of_exp = saved
     assert x is not None
     assert bottom is not None
@@ -72,6 +84,10 @@ def _value_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
 
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    if len(saved) == 9:  # by the kernels
+        x, base, *more = saved
+        assert x is not None
+        return (_KERNELS.run("bwd", "tall_expm_bwd", x, g, x, base, tuple(more)),)
     _, base, p, bottom, *of_exp = saved
     assert base is not None
     assert p is not None
@@ -84,13 +100,31 @@ def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(x)))
+    registry.count(path := _KERNELS.path(x))
+    if path == "kernel":
+        q, saved = _KERNELS.run("fwd", "tall_expm_fwd", x, x, None)
+        return q, (x, *saved)
     return _value(x)
 
 
 def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(registry.path(registry.no_kernel(x)))
+    registry.count(path := _KERNELS.path(x))
+    if path == "kernel":
+        w, saved = _KERNELS.run("fwd", "tall_expm_fwd", x, x, base)
+        return w, (x, base, *saved)
     return _value_at(x, base)
+
+
+def _resume(q: Tensor, x: Tensor) -> Saved:
+    if _KERNELS.path(x) == "kernel":
+        return x, *_KERNELS.run("fwd", "prepare", x, x, None)
+    return _value(x)[1]
+
+
+def _resume_at(w: Tensor, x: Tensor, base: Tensor) -> Saved:
+    if _KERNELS.path(x) == "kernel":
+        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base)
+    return _value_at(x, base)[1]
 
 
 def _graph(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
@@ -101,9 +135,9 @@ def _graph_at(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
     return _backward_at(g, _value_at(saved[0], saved[1])[1], dtype)
 
 
-_tall_exp = FusedMap("tall_exp", "Tensor x", _forward, _backward, _graph)
+_tall_exp = FusedMap("tall_exp", "Tensor x", _forward, _backward, _graph, resume=_resume)
 _tall_exp_at = FusedMap(
-    "tall_exp_at", "Tensor x, Tensor base", _forward_at, _backward_at, _graph_at
+    "tall_exp_at", "Tensor x, Tensor base", _forward_at, _backward_at, _graph_at, resume=_resume_at
 )
 
 
