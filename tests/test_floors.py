@@ -69,7 +69,7 @@ FLOORS = {
     "register": 5.1,
     "explain": 5.1,
     "info": 5.1,
-    "report": 5.2,
+    "report": 5.4,
     "parametrizations": 5.2,
     "trials": 5.2,
     "tuner": 5.3,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,7 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(help_when_alone)
     demo.callback(invoke_without_command=True)(help_when_alone)
     app.command("info")(info)
+    app.command("tune")(tune)
     app.command("explain")(explain)
     demo.command("rnn")(demo_rnn)
     app.add_typer(demo, name="demo")
@@ -116,6 +118,78 @@ def explain(
     print(report.as_json(rows) if as_json else rows)
     if strict and any(row.path == "composed" for row in rows):
         raise typer.Exit(1)
+
+
+def tune(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
+        ),
+    ] = None,
+    chain: Annotated[
+        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
+    ] = None,
+    n: Annotated[
+        list[int] | None, typer.Option("--n", help="Its size, n of n×n; may be repeated.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many matrices.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the originals.")] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where to measure.  [default: cuda where there is one, or cpu]"),
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Compile every candidate, and measure nothing.")
+    ] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="With --static: a GPU to compile for, as sm_90; may be repeated."),
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is known already.")] = False,
+    ship: Annotated[
+        bool, typer.Option("--ship", help="Put your table into the package's as well.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure which path and launch configuration is fastest, and remember it."""
+    from tritonparam import report
+
+    try:
+        found = report.tunings(
+            model,
+            chains=chain or (),
+            sizes=n or (),
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            static=static,
+            gpus=target or (),
+            again=again,
+            ship=ship,
+            track=_track,
+        )
+    except report.BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept; run it again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(report.tunings_as_json(found))
+    elif found:
+        print("\n\n".join(map(str, found)))
+    else:
+        print("everything was measured before; --again measures it anew")
+
+
+def _track(tasks: Sequence[Any]) -> Iterable[Any]:
+    """A progress bar on the screen, where rich draws one."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        return tasks
+    return track(tasks, "tuning", len(tasks), console=Console(stderr=True))
 
 
 def demo_rnn(

@@ -1,18 +1,22 @@
-"""``python -m tritonparam explain``: a model named on the command line, and its rows as JSON."""
+"""What the commands ``explain`` and ``tune`` show, of models named on the command line."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
+from tritonparam import tables, tuner
 from tritonparam.explain import Explanation, Row, explain
 from tritonparam.fuse import fuse
+from tritonparam.tuner import Tuning
 
 
 class BadOption(ValueError):
@@ -80,3 +84,70 @@ def as_json(rows: Iterable[Row]) -> str:
             fields["error"] = str(row.error)
         weights.append(fields)
     return json.dumps({"weights": weights}, indent=1)
+
+
+def tunings(
+    target: str | None,
+    *,
+    chains: Sequence[str] = (),
+    sizes: Sequence[int] = (),
+    batch: int = 1,
+    dtype: str = "float32",
+    device: str | None = None,
+    gpus: Sequence[str] = (),
+    static: bool = False,
+    again: bool = False,
+    ship: bool = False,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[Tuning]:
+    """What ``tune`` finds for a model that "module:function" makes, or for chains by name.
+
+    Arguments:
+        target: the model, or None for every one of `chains` at every one of `sizes`.
+        batch: how many n × n matrices, with `chains`.
+        dtype: of the originals, with `chains`.
+        device: where to measure; None is "cuda" where there is one, else "cpu".
+        gpus: with `static`, what is compiled for, as "sm_90".
+        static: compile every candidate and measure nothing.
+        again: measure what the user's table knows already.
+        ship: put all rows of the user's table into ``tuned_configs.json`` afterwards.
+        track: wraps the sequence of what is done, for a progress bar.
+
+    Raises:
+        BadOption: an option is not what it must be, or does not go with another.
+    """
+    number = getattr(torch, dtype, None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise BadOption(f"--dtype must be float32, bfloat16, float16 or float64, got {dtype!r}.")
+    if (target is None) == (not chains):
+        raise BadOption("tune takes either a model as module:callable, or --chain and --n.")
+    if chains and (not sizes or min(sizes) < 1 or batch < 1):
+        raise BadOption("--chain needs --n, and both --n and --batch must be at least 1.")
+    if static and (target is not None or ship or again):
+        raise BadOption("--static only compiles: it goes with --chain, --n, --dtype and --target.")
+    if gpus and not static:
+        raise BadOption("--target goes with --static; what is measured is the device at hand.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if static:
+            tasks = [
+                (c, n, number, gpu) for gpu in gpus or ("sm_90",) for c in chains for n in sizes
+            ]
+            return [tuner.static(*task) for task in track(tasks)]
+        if target is not None:
+            model = fuse(build(target)).to(device)
+        else:
+            shapes = [(n, n) if batch == 1 else (batch, n, n) for n in sizes]
+            parts = [tuner.weight(c, shape, number, device) for c in chains for shape in shapes]
+            model = nn.Sequential(*parts)
+        found = tuner.tune(model, again=again, track=track)
+    except (ValueError, RuntimeError) as error:
+        raise BadOption(str(error)) from error
+    if ship and (file := tables.users_file()):
+        tables.store(tables.read(file).values(), tables.SHIPPED)
+    return found
+
+
+def tunings_as_json(found: Iterable[Tuning]) -> str:
+    """``{"tunings": [...]}``, an object with the fields of each."""
+    return json.dumps({"tunings": [asdict(tuning) for tuning in found]}, indent=1)
