@@ -26,6 +26,7 @@ class GroupedMap:
         forward: called as ``forward(calls)``; returns for each what ``one.forward`` returns.
         backward: called as ``backward(gs, saved, dtype, numbers)`` with a list of what
             ``one.backward`` takes; returns the gradients of each.
+        max_numel: of the first arguments that are taken at once; None for no limit.
     """
 
     def __init__(
@@ -33,11 +34,20 @@ class GroupedMap:
         one: EagerMap,
         forward: Callable[[Sequence[Call]], Sequence[tuple[Tensor, Saved]]],
         backward: Callable[..., Sequence[Gradients]],
+        max_numel: int | None = None,
     ) -> None:
         self.one, self.forward, self.backward = one, forward, backward
+        self.max_numel = max_numel
 
     def __call__(self, calls: Sequence[Call]) -> list[Tensor]:
         """The values for all arguments, each differentiable in its leading ones."""
+        n = len(calls)
+        if self.max_numel is not None:
+            n = max(self.max_numel // max(calls[0][0].numel(), 1), 1)
+        parts = [self._at_once(calls[i : i + n]) for i in range(0, len(calls), n)]
+        return [value for part in parts for value in part]
+
+    def _at_once(self, calls: Sequence[Call]) -> list[Tensor]:
         leading = [x for call in calls for x in call[: self.one.n_gradients]]
         if torch.is_grad_enabled() and any(x.requires_grad for x in leading):
             graph = _Graph(self, calls)
@@ -109,6 +119,9 @@ class _Apart(torch.autograd.Function):
         return None, None, g
 
 
+_MAX_NUMEL = 2**24  # of a stack: 64 MiB in fp32, and of intermediates some ten times that
+
+
 def stacked(one: EagerMap, n_like_the_value: int) -> GroupedMap:
     """The map of one, on a stack of arguments of one shape.
 
@@ -140,4 +153,4 @@ def stacked(one: EagerMap, n_like_the_value: int) -> GroupedMap:
         grads = one.backward(torch.stack(list(gs)), tuple(joined), dtype, *numbers[0])
         return list(zip(*grads, strict=True))
 
-    return GroupedMap(one, forward, backward)
+    return GroupedMap(one, forward, backward, _MAX_NUMEL)
