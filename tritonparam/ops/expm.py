@@ -28,11 +28,14 @@ def kernel_declines(w: Tensor, kind: Kind) -> str:
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
 
+def _one_tile(w: Tensor) -> bool:
+    return w.size(-1) <= _TILE_MAX_N and w.dtype != torch.float64
+
+
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
     n = w.size(-1)
-    one_tile = n <= _TILE_MAX_N and w.dtype != torch.float64
-    kernels = registry.kernels("expm" if one_tile else "expm_gemm")
+    kernels = registry.kernels("expm" if _one_tile(w) else "expm_gemm")
     choice = (f"{kind}_exp", phase, w, kernels.config)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
     return kernels, _SIGN[kind], config
@@ -47,18 +50,19 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
     return x.triu() + x.triu(1).mT if kind == "symmetric" else x
 
 
-def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
+def _forward(w: Tensor, rounded: bool, kind: Kind) -> tuple[Tensor, Saved]:
     path = registry.path(kernel_declines(w, kind))
     registry.count(path)
     if path == "closed":
         return _value(w, kind)
     kernels, sign, config = _kernels(w, kind, "fwd")
     with torch.cuda.device_of(w):
-        y, saved = kernels.expm_fwd(w, sign, config)
+        rounding = (w.dtype,) if rounded and _one_tile(w) else ()
+        y, saved = kernels.expm_fwd(w, sign, config, *rounding)
     return y, (w, *saved)
 
 
-def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
+def _resume(y: Tensor, w: Tensor, rounded: bool, kind: Kind) -> Saved:
     if registry.path(kernel_declines(w, kind)) == "closed":
         return _value(w, kind)[1]
     kernels, sign, config = _kernels(w, kind, "fwd")
@@ -71,7 +75,9 @@ def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     return y.view(w.shape), (w, *saved)
 
 
-def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+def _backward(
+    g: Tensor, saved: Saved, dtype: torch.dtype, rounded: bool, kind: Kind
+) -> tuple[Tensor]:
     w, *rest = saved
     assert w is not None
     # Kernels keep nothing, or first an int32: the closed form's first is a floating-point scale.
@@ -88,15 +94,16 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[
     return (h.view(g.shape),)
 
 
-def _graph(g: Tensor, saved: Any, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+def _graph(g: Tensor, saved: Any, dtype: torch.dtype, rounded: bool, kind: Kind) -> tuple[Tensor]:
     # The adjoint of intermediates that are functions of w, recorded.
-    return _backward(g, _value(saved[0], kind)[1], dtype, kind)
+    g = g.to(compute_dtype(g.dtype))
+    return _backward(g, _value(saved[0], kind)[1], dtype, rounded, kind)
 
 
 def _map(name: str, kind: Kind) -> FusedMap:
     return FusedMap(
         name,
-        "Tensor w",
+        "Tensor w, bool rounded",
         partial(_forward, kind=kind),
         partial(_backward, kind=kind),
         partial(_graph, kind=kind),
@@ -109,6 +116,11 @@ _symmetric_exp = _map("symmetric_exp", "symmetric")
 _matrix_exp = _map("matrix_exp", "general")
 
 
+def _evaluate(fused: FusedMap, w: Tensor) -> Tensor:
+    # A kernel rounds a half once, but an operator's result has the compute dtype.
+    return fused(w, not torch.compiler.is_compiling())
+
+
 def skew_exp(w: Tensor) -> Tensor:
     """The rotation exp(X), X = triu(w, 1) - triu(w, 1)ᵀ.
 
@@ -118,7 +130,7 @@ def skew_exp(w: Tensor) -> Tensor:
     Returns:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
-    return _skew_exp(w)
+    return _evaluate(_skew_exp, w)
 
 
 def symmetric_exp(w: Tensor) -> Tensor:
@@ -127,9 +139,9 @@ def symmetric_exp(w: Tensor) -> Tensor:
     Arguments and result as for ``skew_exp``. Where exp(S) has a condition beyond 1 / eps its
     smallest eigenvalues are lost in the rounding of the largest.
     """
-    return _symmetric_exp(w)
+    return _evaluate(_symmetric_exp, w)
 
 
 def matrix_exp(a: Tensor) -> Tensor:
     """exp(a) of any square matrices [..., n, n]; dtypes and result as for ``skew_exp``."""
-    return _matrix_exp(a)
+    return _evaluate(_matrix_exp, a)
