@@ -50,7 +50,7 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
     return x.triu() + x.triu(1).mT if kind == "symmetric" else x
 
 
-def _forward(w: Tensor, rounded: bool, kind: Kind) -> tuple[Tensor, Saved]:
+def _forward(w: Tensor, rounded: bool = False, *, kind: Kind) -> tuple[Tensor, Saved]:
     path = registry.path(kernel_declines(w, kind))
     registry.count(path)
     if path == "closed":
@@ -62,7 +62,7 @@ def _forward(w: Tensor, rounded: bool, kind: Kind) -> tuple[Tensor, Saved]:
     return y, (w, *saved)
 
 
-def _resume(y: Tensor, w: Tensor, rounded: bool, kind: Kind) -> Saved:
+def _resume(y: Tensor, w: Tensor, rounded: bool = False, *, kind: Kind) -> Saved:
     if registry.path(kernel_declines(w, kind)) == "closed":
         return _value(w, kind)[1]
     kernels, sign, config = _kernels(w, kind, "fwd")
@@ -76,7 +76,7 @@ def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
 
 
 def _backward(
-    g: Tensor, saved: Saved, dtype: torch.dtype, rounded: bool, kind: Kind
+    g: Tensor, saved: Saved, dtype: torch.dtype, rounded: bool = False, *, kind: Kind
 ) -> tuple[Tensor]:
     w, *rest = saved
     assert w is not None
@@ -94,16 +94,18 @@ def _backward(
     return (h.view(g.shape),)
 
 
-def _graph(g: Tensor, saved: Any, dtype: torch.dtype, rounded: bool, kind: Kind) -> tuple[Tensor]:
+def _graph(
+    g: Tensor, saved: Any, dtype: torch.dtype, rounded: bool = False, *, kind: Kind
+) -> tuple[Tensor]:
     # The adjoint of intermediates that are functions of w, recorded.
     g = g.to(compute_dtype(g.dtype))
-    return _backward(g, _value(saved[0], kind)[1], dtype, rounded, kind)
+    return _backward(g, _value(saved[0], kind)[1], dtype, kind=kind)
 
 
 def _map(name: str, kind: Kind) -> FusedMap:
     return FusedMap(
         name,
-        "Tensor w, bool rounded",
+        "Tensor w, bool rounded=False",
         partial(_forward, kind=kind),
         partial(_backward, kind=kind),
         partial(_graph, kind=kind),
