@@ -362,7 +362,9 @@ def _launch_options(config: FwdConfig | BwdConfig) -> dict:
     return options
 
 
-def launches(phase: str, chain: str, dtype: torch.dtype, config: FwdConfig | BwdConfig) -> list:
+def launches(
+    phase: str, chain: str, n: int, dtype: torch.dtype, config: FwdConfig | BwdConfig
+) -> list:
     """What a phase launches with a configuration, for compiling ahead of time.
 
     Rows (name, kernel, types of the pointers, constants and options), as the launchers above
@@ -384,7 +386,7 @@ def shipped(backend: str) -> list[tuple]:
     rows: list[tuple] = []
     for dtype in NAME:
         for n in (8, 16, 32, 64):
-            rows += launches("fwd", "cayley", dtype, fwd_config(n, dtype, backend))
+            rows += launches("fwd", "cayley", n, dtype, fwd_config(n, dtype, backend))
         for n in (16, 32, 64):
-            rows += launches("bwd", "cayley", dtype, bwd_config(n, dtype, backend))
+            rows += launches("bwd", "cayley", n, dtype, bwd_config(n, dtype, backend))
     return rows

@@ -11,8 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import flatten
-from tritonparam.kernels.tile import exponent, load_triu, power_of_two
+from tritonparam.kernels.launch import NAME, flatten, packing, slot
+from tritonparam.kernels.tile import (
+    choose,
+    exponent,
+    max_each,
+    max_of,
+    places,
+    power_of_two,
+    product,
+    sum_each,
+)
 
 # Coefficients of c and s over powers of B: the polynomials that interpolate cosh(sqrt B) and
 # sinh(sqrt B) / sqrt B at B = 0 and at the other zeros of a Chebyshev polynomial on the spectrum
@@ -53,40 +62,51 @@ EVEN_ODD = {
 
 
 @triton.jit
-def _argument(w_ptr, stride_row, row, col, n_cols, SIGN: tl.constexpr):
-    """A, skew (SIGN = -1) or symmetric (1), from the upper triangle of w; and its shift mu.
+def _load(ptr, matrix, stride, row, stride_row, col, stride_col, mask, BLOCK: tl.constexpr):
+    """x[matrix, row, col] in fp32; tiles larger than 16 have no register for a column's stride."""
+    ptr += matrix * stride
+    offset = row.to(tl.int64) * stride_row
+    offset += col if BLOCK > 16 else col.to(tl.int64) * stride_col
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _argument(x, row, col, n_cols, same, diagonal, SLOT: tl.constexpr, SIGN: tl.constexpr):
+    """A, skew (SIGN = -1) or symmetric (1), from its upper triangle; and its shift mu.
 
     exp(A) = e^mu exp(A - mu I) with mu the mean eigenvalue where it is negative, else 0: so the
     polynomial does not cancel. Only a symmetric A is shifted.
     """
-    x = load_triu(w_ptr, stride_row, row, col, n_cols, True, tl.float32, SIGN == 1)
     if SIGN == -1:
         return x - tl.trans(x), 0.0
-    on_diagonal = (row == col) & (row < n_cols)
-    mean = tl.sum(tl.sum(tl.where(on_diagonal, x, 0.0), axis=1), axis=0) / n_cols
-    mu = tl.minimum(tl.maximum(mean, -500.0), 0.0)
-    a = tl.where(row <= col, x, tl.trans(x))
-    return tl.where(on_diagonal, a - mu, a), mu
+    else:
+        on_diagonal = diagonal & (row < n_cols)
+        mean = sum_each(tl.where(on_diagonal, x, 0.0), same, SLOT) / n_cols
+        mu = tl.minimum(tl.maximum(mean, -500.0), 0.0)
+        a = tl.where(row <= col, x, tl.trans(x))
+        return tl.where(on_diagonal, a - mu, a), mu
 
 
 @triton.jit
-def _scaled(a, n_cols, SIGN: tl.constexpr, PRECISION: tl.constexpr):
+def _scaled(a, n_cols, same, SLOT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr):
     """A, A^2 and A^4 of A / 2^s, and s, the least with ||A^4||_F^(1/4) <= THETA 2^s.
 
     That bounds ||A|| since A is normal, and nearly attains it. The eigenvalues of a skew matrix
     come in pairs, which halves the square of the Frobenius norm. Before its powers are taken the
     matrix is brought to norm 1, so that nothing overflows.
     """
-    largest = tl.max(tl.max(tl.abs(a), axis=1), axis=0)
+    largest = max_each(tl.abs(a), same, SLOT)
     down = tl.minimum(tl.maximum(exponent(largest) + exponent(n_cols * 1.0), 0), 125)
     a = a * power_of_two(-down)
-    b = tl.dot(a, a, input_precision=PRECISION)
-    b2 = tl.dot(b, b, input_precision=PRECISION)
-    square = tl.sum(tl.sum(b2 * b2, axis=1), axis=0)
+    b = product(a, a, same, SLOT, PRECISION)
+    b2 = product(b, b, same, SLOT, PRECISION)
+    square = sum_each(b2 * b2, same, SLOT)
     if SIGN == -1:
         square = square * 0.5
     norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
-    up = tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), down)
+    # It is 8 at most, but of an infinite matrix, whose scale must leave the zeros beside it zero.
+    most = tl.minimum(down, 30)
+    up = tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), most)
     scale = power_of_two(up)
     b = b * (scale * scale)
     b2 = b2 * (scale * scale) * (scale * scale)
@@ -100,73 +120,101 @@ def _block(a, b, k, diagonal, J: tl.constexpr, EVEN: tl.constexpr, ODD: tl.const
 
 
 @triton.jit
-def _polynomial(a, b, b2, diagonal, EVEN: tl.constexpr, ODD: tl.constexpr, PRECISION: tl.constexpr):
+def _polynomial(
+    a,
+    b,
+    b2,
+    diagonal,
+    same,
+    SLOT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """c(B) + A s(B), B = A^2."""
-    k = tl.dot(a, b, input_precision=PRECISION)
+    k = product(a, b, same, SLOT, PRECISION)
     y = _block(a, b, k, diagonal, len(EVEN) - 2, EVEN, ODD)
     for j in tl.static_range(len(EVEN) - 4, -1, -2):
         block = _block(a, b, k, diagonal, j, EVEN, ODD)
-        y = tl.dot(b2, y, acc=block, input_precision=PRECISION)
+        y = product(b2, y, same, SLOT, PRECISION, block)
     return y
 
 
 @triton.jit(
-    do_not_specialize=["n_cols", "w_stride", "w_stride_row"],
+    do_not_specialize=["n_matrices", "n_cols", "w_stride", "w_stride_row", "w_stride_col"],
     do_not_specialize_on_alignment=["w_ptr", "y_ptr"],
 )
 def _expm_fwd_kernel(
     w_ptr,
     y_ptr,
+    n_matrices,
     n_cols,
     w_stride,
     w_stride_row,
+    w_stride_col,
     SIGN: tl.constexpr,
     EVEN: tl.constexpr,
     ODD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
+    TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """exp(A), A = triu(w, 1) - triu(w, 1)^T (SIGN = -1) or triu(w) + triu(w, 1)^T (SIGN = 1)."""
-    matrix = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, BLOCK)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    w_ptr += matrix * w_stride
-    a, mu = _argument(w_ptr, w_stride_row, row, col, n_cols, SIGN)
-    a, b, b2, left = _scaled(a, n_cols, SIGN, PRECISION)
-    y = _polynomial(a, b, b2, row == col, EVEN, ODD, PRECISION)
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T (SIGN = -1) or triu(w) + triu(w, 1)^T (SIGN = 1).
+
+    The matrices of a program are squared as often as the one of them that needs it most; those
+    that are done stay as they are.
+    """
+    matrix, row, col, same, diagonal, mask = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
+    above = ((row <= col) if SIGN == 1 else (row < col)) & (col < n_cols)
+    if SLOT < BLOCK or TILES > 1:
+        above &= mask
+    x = _load(w_ptr, matrix, w_stride, row, w_stride_row, col, w_stride_col, above, BLOCK)
+    a, mu = _argument(x, row, col, n_cols, same, diagonal, SLOT, SIGN)
+    a, b, b2, left = _scaled(a, n_cols, same, SLOT, SIGN, PRECISION)
+    y = _polynomial(a, b, b2, diagonal, same, SLOT, EVEN, ODD, PRECISION)
     # e^mu is multiplied on before the last three squarings at most: earlier its rounding would be
     # amplified, later exp(A - mu I) could have overflown.
     last = tl.minimum(left, 3)
     if SIGN == 1:
         growth = tl.exp(mu * power_of_two(-last))
         y = y * tl.where(left == last, growth, 1.0)
-    for done in range(0, left):
-        y = tl.dot(y, y, input_precision=PRECISION)
+    for done in range(0, max_of(left)):
+        z = tl.dot(y, y, input_precision=PRECISION)
         if SIGN == 1:
-            y = y * tl.where(left - 1 - done == last, growth, 1.0)
+            z = z * tl.where(left - 1 - done == last, growth, 1.0)
+        y = choose(done < left, z, y, same, SLOT)
     if SIGN == 1:
         y = 0.5 * (y + tl.trans(y))
-    mask = (row < n_cols) & (col < n_cols)
-    tl.store(y_ptr + (matrix * n_cols * n_cols + row * n_cols + col), y, mask=mask)
+    y_ptr += matrix * n_cols * n_cols
+    tl.store(y_ptr + (row * n_cols + col), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
-    do_not_specialize=["n_cols", "w_stride", "w_stride_row", "g_stride", "g_stride_row"],
+    do_not_specialize=[
+        *("n_matrices", "n_cols", "w_stride", "w_stride_row", "w_stride_col"),
+        *("g_stride", "g_stride_row", "g_stride_col"),
+    ],
     do_not_specialize_on_alignment=["w_ptr", "g_ptr", "dw_ptr"],
 )
 def _expm_bwd_kernel(
     w_ptr,
     g_ptr,
     dw_ptr,
+    n_matrices,
     n_cols,
     w_stride,
     w_stride_row,
+    w_stride_col,
     g_stride,
     g_stride_row,
+    g_stride_col,
     SIGN: tl.constexpr,
     EVEN: tl.constexpr,
     ODD: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
+    TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dw from G: the triangle of H = int_0^1 exp(t A^T) G exp((1 - t) A^T) dt.
@@ -177,41 +225,42 @@ def _expm_bwd_kernel(
     symmetric matrix is X - X^T or X + X^T with X = A T: one product. So nothing is kept over the
     rounds but Z and M, and nothing from the forward pass.
     """
-    matrix = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, BLOCK)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    inside = (row < n_cols) & (col < n_cols)
-    w_ptr += matrix * w_stride
-    a, mu = _argument(w_ptr, w_stride_row, row, col, n_cols, SIGN)
-    a, b, b2, left = _scaled(a, n_cols, SIGN, PRECISION)
+    matrix, row, col, same, diagonal, mask = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
+    above = ((row <= col) if SIGN == 1 else (row < col)) & (col < n_cols)
+    if SLOT < BLOCK or TILES > 1:
+        above &= mask
+    x = _load(w_ptr, matrix, w_stride, row, w_stride_row, col, w_stride_col, above, BLOCK)
+    a, mu = _argument(x, row, col, n_cols, same, diagonal, SLOT, SIGN)
+    a, b, b2, left = _scaled(a, n_cols, same, SLOT, SIGN, PRECISION)
     a = a * 0.5
-    z = _polynomial(a, b * 0.25, b2 * 0.0625, row == col, EVEN, ODD, PRECISION)
-    offset = row.to(tl.int64) * g_stride_row + col
-    m = tl.load(g_ptr + matrix * g_stride + offset, mask=inside, other=0.0)
-    m = tl.dot(m, tl.trans(z), input_precision=PRECISION)
-    m = tl.dot(tl.trans(z), m, input_precision=PRECISION)
+    z = _polynomial(a, b * 0.25, b2 * 0.0625, diagonal, same, SLOT, EVEN, ODD, PRECISION)
+    m = _load(g_ptr, matrix, g_stride, row, g_stride_row, col, g_stride_col, mask, BLOCK)
+    m = product(m, tl.trans(z), same, SLOT, PRECISION)
+    m = product(tl.trans(z), m, same, SLOT, PRECISION)
     last = tl.minimum(left, 3)
     if SIGN == 1:
         growth = tl.exp(mu * power_of_two(-last))
         m = 0.5 * (m + tl.trans(m)) * tl.where(left == 0, growth, 1.0)
-    for done in range(0, left):
-        z = tl.dot(z, z, input_precision=PRECISION)  # Z_h in the first round
+    for done in range(0, max_of(left)):
+        z_next = tl.dot(z, z, input_precision=PRECISION)  # Z_h in the first round
         if SIGN == 1:
             grown = tl.where(left - done == last, growth, 1.0)
-            z = z * grown
+            z = choose(done < left, z_next * grown, z, same, SLOT)
             x = tl.dot(m, z, input_precision=PRECISION) * grown
-            m = x + tl.trans(x)
+            m = choose(done < left, x + tl.trans(x), m, same, SLOT)
         else:
+            z = choose(done < left, z_next, z, same, SLOT)
             x = tl.dot(m, tl.trans(z), input_precision=PRECISION)
-            m = tl.dot(tl.trans(z), m, acc=x, input_precision=PRECISION)
+            x = tl.dot(tl.trans(z), m, acc=x, input_precision=PRECISION)
+            m = choose(done < left, x, m, same, SLOT)
     t = m * power_of_two(-left)
     if SIGN == -1:
         t = t - tl.trans(t)
     h = t
     for i in range(1, len(ODD)):  # not unrolled: a fifth of the code, and fewer registers
-        x = tl.dot(a, t, input_precision=PRECISION)
+        x = product(a, t, same, SLOT, PRECISION)
         x = x - tl.trans(x)
-        t = tl.dot(a, x, input_precision=PRECISION)
+        t = product(a, x, same, SLOT, PRECISION)
         t = t + SIGN * tl.trans(t)
         factor = 0.0
         for j in tl.static_range(1, len(ODD)):
@@ -221,32 +270,39 @@ def _expm_bwd_kernel(
         dw = tl.where(row < col, 2.0 * h, tl.where(row == col, h, 0.0))
     else:
         dw = tl.where(row < col, h, 0.0)
-    offset = matrix * n_cols * n_cols + (row * n_cols + col)
-    tl.store(dw_ptr + offset, dw, mask=inside)
+    dw_ptr += matrix * n_cols * n_cols
+    tl.store(dw_ptr + (row * n_cols + col), dw.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch numbers of the forward or the backward."""
+    """Launch numbers of the forward or the backward; `matrices` are those of one program."""
 
     block: int
     precision: str
     num_warps: int
+    matrices: int = 1
 
 
 def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     """The default for n x n matrices, which are computed in fp32, the only `dtype`.
 
-    `tl.dot` starts at 16, and hip does not compile tf32x3.
+    `tl.dot` starts at 16, so a tile is filled with as many matrices as fit on its diagonal. hip
+    does not compile tf32x3, and a wave of 64 lanes has room for two tiles of 16.
     """
     precision = "ieee" if backend == "hip" else "tf32x3"
-    return Config(16, precision, 1) if n <= 16 else Config(32, precision, 2)
+    if n > 16:
+        return Config(32, precision, 2)
+    return Config(16, precision, 1, 16 // slot(n) * (2 if backend == "hip" else 1))
 
 
 def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
     """Configurations to measure for "fwd" or "bwd" of n x n matrices, the default first."""
     default = config(n, dtype, backend)
     others = [replace(default, num_warps=warps) for warps in (1, 2, 4, 8)]
+    if n <= 16:
+        others.append(replace(default, matrices=1))
+        others.append(replace(default, matrices=2 * default.matrices))
     return list(dict.fromkeys([default, *others]))
 
 
@@ -255,31 +311,38 @@ def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[()]:
     return ()
 
 
-def expm_fwd(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, tuple[()]]:
+def expm_fwd(
+    w: torch.Tensor, sign: int, config: Config, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, tuple[()]]:
     """exp(A), A = triu(w, 1) - triu(w, 1)^T for sign -1, triu(w) + triu(w, 1)^T for sign 1.
 
     `w` is [..., n, n], n <= 32, in fp32, fp16 or bf16, of any strides. The result is new and
-    contiguous, in fp32; beside it stands what `prepare` returns.
+    contiguous, computed in fp32 and rounded to `dtype`; beside it stands what `prepare` returns.
     """
-    y = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    y = torch.empty(w.shape, dtype=dtype, device=w.device)
     if y.numel() == 0:
         return y, ()
-    w = flatten(w.float(), 2)  # 16 bits: one launch more, a third of the kernels
-    sizes = (w.size(1), w.stride(0), w.stride(1))
-    _expm_fwd_kernel[(w.size(0),)](w, y, *sizes, **_options(config, sign))
+    w = _batch(w, config)
+    options = _options(config, sign, w.size(1))
+    grid = (triton.cdiv(w.size(0), config.matrices),)
+    _expm_fwd_kernel[grid](w, y, *w.shape[:2], *w.stride(), **options)
     return y, ()
 
 
 def expm_bwd(
     g: torch.Tensor, w: torch.Tensor, saved: tuple[()], sign: int, config: Config
 ) -> torch.Tensor:
-    """The gradient of `w`, in fp32, from `g` [..., n, n] in fp32, that of the result."""
-    dw = torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    """The gradient of `w`, in its dtype, from `g` [..., n, n], that of the result.
+
+    `g` is in fp32 or in the dtype of `w`, of any strides.
+    """
+    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
     if dw.numel() == 0:
         return dw
-    g, w = flatten(g, 2), flatten(w.float(), 2)
-    sizes = (w.size(1), w.stride(0), w.stride(1), g.stride(0), g.stride(1))
-    _expm_bwd_kernel[(w.size(0),)](w, g, dw, *sizes, **_options(config, sign))
+    g, w = _batch(g, config), _batch(w, config)
+    options = _options(config, sign, w.size(1))
+    grid = (triton.cdiv(w.size(0), config.matrices),)
+    _expm_bwd_kernel[grid](w, g, dw, *w.shape[:2], *w.stride(), *g.stride(), **options)
     return dw
 
 
@@ -288,30 +351,38 @@ def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
     return 1, 1
 
 
-def _options(config: Config, sign: int) -> dict:
+def _batch(x: torch.Tensor, config: Config) -> torch.Tensor:
+    return flatten(x, 2) if config.block > 16 else x.reshape(-1, *x.shape[-2:])
+
+
+def _options(config: Config, sign: int, n: int) -> dict:
     even, odd = EVEN_ODD[sign, torch.float32]
     options = {"SIGN": sign, "EVEN": even, "ODD": odd, "BLOCK": config.block}
     options |= {"PRECISION": config.precision, "num_warps": config.num_warps}
+    options |= packing(n, config.block, config.matrices)
     return options | {"num_stages": 1, "enable_fp_fusion": True}
 
 
-def launches(phase: str, chain: str, dtype: torch.dtype, config: Config) -> list[tuple]:
+def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """What a phase launches, for compiling ahead of time, as in `cayley.launches`."""
-    options = _options(config, -1 if chain == "skew_exp" else 1)
-    kernel, names = {
-        "fwd": (_expm_fwd_kernel, ("w_ptr", "y_ptr")),
-        "bwd": (_expm_bwd_kernel, ("w_ptr", "g_ptr", "dw_ptr")),
-    }[phase]
-    row = f"{chain}_{phase}_{config.block}_fp32"
-    return [(row, kernel, dict.fromkeys(names, "*fp32"), options)]
+    options = _options(config, -1 if chain == "skew_exp" else 1, n)
+    name = NAME[dtype]
+    row = f"{chain}_{phase}_{n}_{name}"
+    if phase == "fwd":
+        types = {"w_ptr": f"*{name}", "y_ptr": f"*{name}"}
+        return [(row, _expm_fwd_kernel, types, options)]
+    types = dict.fromkeys(("w_ptr", "g_ptr", "dw_ptr"), f"*{name}")
+    return [(row, _expm_bwd_kernel, types, options)]
 
 
 def shipped(backend: str) -> list[tuple]:
-    """Every default launch."""
+    """Default launches: with one and with several matrices to a tile, and the backward with the
+    fewest registers to spare in 16 bits."""
+    sizes = [(n, torch.float32, phase) for n in (8, 16, 32) for phase in ("fwd", "bwd")]
+    sizes.append((32, torch.bfloat16, "bwd"))
     return [
         row
-        for n in (16, 32)
+        for n, dtype, phase in sizes
         for chain in ("skew_exp", "symmetric_exp")
-        for phase in ("fwd", "bwd")
-        for row in launches(phase, chain, torch.float32, config(n, torch.float32, backend))
+        for row in launches(phase, chain, n, dtype, config(n, dtype, backend))
     ]

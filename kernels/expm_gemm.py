@@ -280,7 +280,7 @@ def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") ->
     return product_candidates(n, dtype, backend)
 
 
-def launches(phase: str, chain: str, dtype: torch.dtype, config: Config) -> list[tuple]:
+def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
     kind = chain.removesuffix("_exp")
     forms = {

@@ -17,6 +17,81 @@ def power_of_two(k):
 
 
 @triton.jit
+def places(n_matrices, n_cols, BLOCK: tl.constexpr, SLOT: tl.constexpr, TILES: tl.constexpr):
+    """Which matrices the entries of a program's tiles belong to, and where in them.
+
+    A tile is [BLOCK, BLOCK], with matrices of at most SLOT rows along its diagonal, zeros beside
+    them; there are TILES to a program. Returned are `matrix` and `row` [..., BLOCK, 1], `col`
+    [..., 1, BLOCK], and masks: of the blocks on the diagonal, of the diagonal, of what exists.
+    """
+    place = tl.arange(0, BLOCK)
+    r = place[:, None]
+    c = place[None, :]
+    tile = tl.program_id(0).to(tl.int64) * TILES
+    if TILES > 1:
+        r = r[None, :, :]
+        c = c[None, :, :]
+        tile += tl.arange(0, TILES)[:, None, None]
+    row = r % SLOT
+    col = c % SLOT
+    same = r // SLOT == c // SLOT
+    mask = (row < n_cols) & (col < n_cols)
+    if TILES * BLOCK == SLOT:
+        return tile, row, col, same, r == c, mask
+    else:
+        matrix = tile * (BLOCK // SLOT) + r // SLOT
+        return matrix, row, col, same, r == c, mask & same & (matrix < n_matrices)
+
+
+@triton.jit
+def keep(x, same, SLOT: tl.constexpr):
+    """x with zeros beside the blocks, where a NaN in one of them may have got through."""
+    return tl.where(same, x, 0.0) if x.shape[-1] > SLOT else x
+
+
+@triton.jit
+def product(x, y, same, SLOT: tl.constexpr, PRECISION: tl.constexpr, acc=None):
+    """x y + acc of each matrix."""
+    z = tl.dot(x, y, acc=acc, input_precision=PRECISION, out_dtype=x.dtype)
+    return keep(z, same, SLOT)
+
+
+@triton.jit
+def choose(condition, x, y, same, SLOT: tl.constexpr):
+    """x where the condition, one for each matrix, holds, else y; of a single matrix it holds."""
+    if len(x.shape) == 2 and x.shape[-1] == SLOT:
+        return x
+    else:
+        return tl.where(condition & same, x, y)
+
+
+@triton.jit
+def sum_each(x, same, SLOT: tl.constexpr):
+    """The sum of each matrix, which is symmetric: [..., BLOCK or 1, 1], a scalar of just one."""
+    if len(x.shape) == 2 and x.shape[-1] == SLOT:
+        return tl.sum(tl.sum(x, axis=1), axis=0)
+    else:
+        cols = keep(tl.sum(x, axis=-2, keep_dims=True), same, SLOT)
+        return tl.sum(cols, axis=-1, keep_dims=True)
+
+
+@triton.jit
+def max_each(x, same, SLOT: tl.constexpr):
+    """The same of the largest entry; none is negative."""
+    if len(x.shape) == 2 and x.shape[-1] == SLOT:
+        return tl.max(tl.max(x, axis=1), axis=0)
+    else:
+        cols = keep(tl.max(x, axis=-2, keep_dims=True), same, SLOT)
+        return tl.max(cols, axis=-1, keep_dims=True)
+
+
+@triton.jit
+def max_of(x):
+    """The largest of what `sum_each` or `max_each` returns."""
+    return tl.max(x) if x.type.is_block() else x
+
+
+@triton.jit
 def load_triu(
     w_ptr, stride_row, row, col, n_cols, mask, ACC: tl.constexpr, DIAGONAL: tl.constexpr = False
 ):

@@ -1,7 +1,12 @@
 """The exponential's kernels, launched directly, against torch in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritonparam as tp
 
 pytest.importorskip("triton")
 
@@ -33,16 +38,16 @@ def reference(w, g, sign, dtype):
     return y.detach().double(), dw.double() * 2.0**20
 
 
-def run(w, g, sign, kernels=expm):
-    """exp and dw by a file of kernels, on DEVICE and with the default configuration."""
+def run(w, g, sign, kernels=expm, **numbers_of_its_own):
+    """exp and dw by a file of kernels, on DEVICE; the default configuration, or parts replaced."""
     w, g = w.to(DEVICE), g.to(DEVICE)
     compute = torch.promote_types(w.dtype, torch.float32)
-    numbers = kernels.config(w.size(-1), compute)
+    numbers = replace(kernels.config(w.size(-1), compute), **numbers_of_its_own)
     y, saved = kernels.expm_fwd(w, sign, numbers)
     dw = kernels.expm_bwd(g.to(compute), w, saved, sign, numbers)
-    for out in (y, dw):
+    for out, dtype in ((y, compute), (dw, w.dtype if kernels is expm else compute)):
         assert out.shape == w.shape
-        assert out.dtype == compute
+        assert out.dtype == dtype
         assert out.is_contiguous()
     assert not dw.tril(-1).any()
     if sign == 1:
@@ -54,15 +59,16 @@ def check(w, g, sign, kernels=expm):
     """As exact as torch's in fp32, by the median of the batch: 3 times its error, and 4 eps.
 
     In fp64, where torch's is the reference, its error is scaled by the eps and counts twice, and 16
-    eps remain.
+    eps remain. A gradient in 16 bits is rounded once, which the interpreter does by truncation.
     """
     y, dw = reference(w, g, sign, torch.float64)
     y32, dw32 = reference(w, g, sign, torch.float32)
     eps = torch.finfo(torch.promote_types(w.dtype, torch.float32)).eps
     scale, few = (1.0, 4 * eps) if eps == EPS else (2 * eps / EPS, 16 * eps)
     got_y, got_dw = run(w, g, sign, kernels)
-    for got, by_torch, exact in ((got_y, y32, y), (got_dw, dw32, dw)):
-        tolerance = 3 * scale * errors(by_torch, exact).median() + few
+    stored = torch.finfo(w.dtype).eps if kernels is expm and w.dtype.itemsize == 2 else 0.0
+    for got, by_torch, exact, last in ((got_y, y32, y, 0.0), (got_dw, dw32, dw, stored)):
+        tolerance = 3 * scale * errors(by_torch, exact).median() + few + last
         assert errors(got, exact).median() <= tolerance
 
 
@@ -105,6 +111,42 @@ def test_small_eigenvalues_keep_their_digits(mean):
 def test_low_precision_is_computed_in_fp32(dtype, sign):
     w = original(11, 1.5, sign).to(dtype)
     check(w, torch.randn(5, 11, 11), sign)
+
+
+@kinds
+@pytest.mark.parametrize(("n", "matrices"), [(3, 4), (3, 8), (8, 1), (8, 2), (13, 2)])
+def test_matrices_of_one_program_are_scaled_each_for_itself(n, matrices, sign):
+    # Seven: the last program is not full. An error of eps is doubled by each squaring.
+    norms = torch.tensor([1e-3, 40.0, 1.0, 9.0, 0.1, 20.0, 3.0])
+    w = torch.cat([original(n, float(norm), sign, 1) for norm in norms])
+    g = torch.randn(7, n, n)
+    y, dw = reference(w, g, sign, torch.float64)
+    got_y, got_dw = run(w, g, sign, matrices=matrices)
+    assert (errors(got_y, y) <= 4 * EPS * (1 + norms)).all()
+    assert (errors(got_dw, dw) <= 8 * EPS * (1 + norms)).all()
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_is_read_and_written_by_the_kernel(dtype, sign):
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    names = []
+    w = original(11, 1.5, sign).to(DEVICE, dtype).requires_grad_()
+    g = torch.randn(5, 11, 11).to(w)
+    function = tp.functional.skew_exp if sign == -1 else tp.functional.symmetric_exp
+    with tp.use_path("kernel"), Names():
+        y = function(w)
+        (dw,) = torch.autograd.grad(y, w, g)
+    assert not [name for name in names if "_to_copy" in name]
+    assert y.dtype == dw.dtype == dtype
+    exact_y, exact_dw = run(w.detach(), g, sign)
+    eps = torch.finfo(dtype).eps
+    assert ((y.cpu() - exact_y).abs() <= eps * exact_y.abs()).all()
+    assert torch.equal(dw.double().cpu(), exact_dw)
 
 
 @kinds

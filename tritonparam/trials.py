@@ -79,7 +79,7 @@ class Problem:
         """What is launched with these numbers in the place of the default's."""
         config = replace(self.candidates(phase)[0], **numbers)
         kernels = registry.kernels(self._file())
-        return cast(list[tuple], kernels.launches(phase, self.chain, self.dtype, config))
+        return cast(list[tuple], kernels.launches(phase, self.chain, self.n, self.dtype, config))
 
 
 def candidates(problem: Problem) -> list[Trial]:

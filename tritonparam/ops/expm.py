@@ -61,12 +61,14 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
     return x.triu() + x.triu(1).mT if kind == "symmetric" else x
 
 
-def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
+def _forward(w: Tensor, rounded: bool = False, *, kind: Kind) -> tuple[Tensor, Saved]:
     if registry.path(kernel_declines(w, kind)) == "kernel":
         kernels, sign, config = _kernels(w, kind, "fwd")
+        one_tile = kernel_file(w.size(-1), w.dtype) == "expm"
+        rounding = (w.dtype,) if rounded and one_tile else ()
         try:
             with torch.cuda.device_of(w):
-                y, saved = kernels.expm_fwd(w, sign, config)
+                y, saved = kernels.expm_fwd(w, sign, config, *rounding)
             registry.count("kernel")
             return y, (w, *saved)
         except Exception as error:
@@ -75,7 +77,7 @@ def _forward(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     return _value(w, kind)
 
 
-def _resume(y: Tensor, w: Tensor, kind: Kind) -> Saved:
+def _resume(y: Tensor, w: Tensor, rounded: bool = False, *, kind: Kind) -> Saved:
     if registry.path(kernel_declines(w, kind)) == "kernel":
         kernels, sign, config = _kernels(w, kind, "fwd")
         try:
@@ -91,7 +93,9 @@ def _value(w: Tensor, kind: Kind) -> tuple[Tensor, Saved]:
     return y.view(w.shape), (w, *saved)
 
 
-def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+def _backward(
+    g: Tensor, saved: Saved, dtype: torch.dtype, rounded: bool = False, *, kind: Kind
+) -> tuple[Tensor]:
     w, *rest = saved
     assert w is not None
     # Kernels keep nothing, or first an int32: the closed form's first is a floating-point scale.
@@ -112,15 +116,18 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, kind: Kind) -> tuple[
     return (h.view(g.shape),)
 
 
-def _graph(g: Tensor, saved: Any, dtype: torch.dtype, kind: Kind) -> tuple[Tensor]:
+def _graph(
+    g: Tensor, saved: Any, dtype: torch.dtype, rounded: bool = False, *, kind: Kind
+) -> tuple[Tensor]:
     # The adjoint of intermediates that are functions of w, recorded.
-    return _backward(g, _value(saved[0], kind)[1], dtype, kind)
+    g = g.to(compute_dtype(g.dtype))
+    return _backward(g, _value(saved[0], kind)[1], dtype, kind=kind)
 
 
 def _map(name: str, kind: Kind) -> FusedMap:
     return FusedMap(
         name,
-        "Tensor w",
+        "Tensor w, bool rounded=False",
         partial(_forward, kind=kind),
         partial(_backward, kind=kind),
         partial(_graph, kind=kind),
@@ -134,6 +141,11 @@ _matrix_exp = _map("matrix_exp", "general")
 _skew_exps, _symmetric_exps = stacked(_skew_exp, 1), stacked(_symmetric_exp, 1)
 
 
+def _evaluate(fused: FusedMap, w: Tensor) -> Tensor:
+    # A kernel rounds a half once, but an operator's result has the compute dtype.
+    return fused(w, not torch.compiler.is_compiling())
+
+
 def skew_exp(w: Tensor) -> Tensor:
     """The rotation exp(X), X = triu(w, 1) - triu(w, 1)ᵀ.
 
@@ -143,7 +155,7 @@ def skew_exp(w: Tensor) -> Tensor:
     Returns:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
-    return _skew_exp(w)
+    return _evaluate(_skew_exp, w)
 
 
 def symmetric_exp(w: Tensor) -> Tensor:
@@ -152,12 +164,12 @@ def symmetric_exp(w: Tensor) -> Tensor:
     Arguments and result as for ``skew_exp``. Where exp(S) has a condition beyond 1 / eps its
     smallest eigenvalues are lost in the rounding of the largest.
     """
-    return _symmetric_exp(w)
+    return _evaluate(_symmetric_exp, w)
 
 
 def matrix_exp(a: Tensor) -> Tensor:
     """exp(a) of any square matrices [..., n, n]; dtypes and result as for ``skew_exp``."""
-    return _matrix_exp(a)
+    return _evaluate(_matrix_exp, a)
 
 
 def skew_exps(ws: Sequence[Tensor]) -> list[Tensor]:
