@@ -233,7 +233,7 @@ def config(k: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     small = gemm.product_config(4 * k, torch.float64, backend)  # the exponential has 4k x 4k
     if backend == "interpreter":  # one program after another: few and large ones
         return Config(min(max(triton.next_power_of_2(k), 16), 64), 64, 1, small)
-    return Config(32, 64, 8, small) if k <= 32 else Config(64, 32, 8, small)
+    return Config(32 if k <= 32 else 64, 32, 8, small)
 
 
 def flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
