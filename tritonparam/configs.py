@@ -55,7 +55,7 @@ def lookup(chain: str, x: Tensor, n: int) -> Choice | None:
 
 def fastest(chain: str, x: Tensor, n: int) -> str:
     """The path that is measured fastest, or the empty string where none is."""
-    choice = _lookup(x.device, x.dtype, chain, n) if _table() else None
+    choice = _lookup(x.device, x.dtype, chain, n) if table() else None
     return choice.path if choice else ""
 
 
@@ -76,17 +76,17 @@ def bucket(n: int) -> int:
 
 def reload() -> None:
     """Read the table again when it is next asked for."""
-    for answers in (_table, _lookup, _launch):
+    for answers in (table, _lookup, _launch):
         answers.cache_clear()
 
 
 @lru_cache(maxsize=4096)  # by the size itself: its bucket costs more than the rest
 def _lookup(device: torch.device, dtype: torch.dtype, chain: str, n: int) -> Choice | None:
-    table = _table()
-    if not table:
+    rows = table()
+    if not rows:
         return None
     compute = torch.promote_types(dtype, torch.float32)
-    return table.get((_device_name(device), compute, chain, bucket(n)))
+    return rows.get((_device_name(device), compute, chain, bucket(n)))
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +114,7 @@ def _device_name(device: torch.device) -> str:
 
 
 @cache
-def _table() -> dict[Key, Choice]:
+def table() -> dict[Key, Choice]:
     """The file as a dictionary; a warning, and an empty one, where it cannot be read."""
     try:
         return parse(FILE.read_text())

@@ -26,7 +26,12 @@ _NO_SIGNS = object()  # an alias has none
 
 
 def _signature(links: Sequence[nn.Module], w: Tensor) -> Any:
-    d = getattr(links[1], "signature", _NO_SIGNS)
+    buffers = links[1]._buffers  # the module's own lookup is slower
+    d = (
+        buffers["signature"]
+        if "signature" in buffers
+        else getattr(links[1], "signature", _NO_SIGNS)
+    )
     return w.new_ones(()).expand(w.shape[:-1]) if d is _NO_SIGNS else d
 
 
@@ -35,10 +40,11 @@ def _skew_cayley(links: Sequence[nn.Module], w: Tensor) -> Tensor:
 
 
 def _skew_cayley_declines(links: Sequence[nn.Module], w: Tensor) -> str:
-    if w.dim() < 2 or w.size(-1) != w.size(-2):
+    shape = w.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
         return "the original is not square"
     d = _signature(links, w)
-    if d is None or d.shape != w.shape[:-1] or d.device != w.device:
+    if d is None or d.shape != shape[:-1] or d.device != w.device:
         return "the map's signature does not fit the original"
     return ""
 

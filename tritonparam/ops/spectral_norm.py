@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tritonparam import registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
-from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.numerics import cast, compute_dtype, without_autocast
 
 
 def kernel_declines(link: Any, w: Tensor) -> str:
@@ -107,7 +107,7 @@ class _Gradient(torch.autograd.Function):
 
 def _graph(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
     w, u, v, sigma = saved
-    return (_Gradient.apply(g.to(u.dtype), w.to(u.dtype), u, v, sigma, dim),)
+    return (_Gradient.apply(cast(g, u.dtype), cast(w, u.dtype), u, v, sigma, dim),)
 
 
 _divide = FusedMap(
@@ -149,9 +149,9 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
     if not link.training:
         # Copies: the buffers may change between this read and its backward pass.
-        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
+        u, v = cast(link._u.clone(), w.dtype), cast(link._v.clone(), w.dtype)
         return u, v, torch.dot(u, torch.mv(w, v))
-    v = link._v.to(w.dtype)
+    v = cast(link._v, w.dtype)
     for _ in range(link.n_power_iterations):
         u = torch.mv(w, v)
         u = u / vector_norm(u).clamp_min_(link.eps)
@@ -186,11 +186,10 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     if path == "kernel" and not torch.compiler.is_compiling():
         steps = link.n_power_iterations if link.training else 0
         return _iterate_and_divide(w, *vectors, link.dim, steps, link.eps)
-    x = w.to(compute_dtype(w.dtype))
+    x = cast(w, compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():
             registry.count("closed")
         return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
-    with no_autocast(w):
-        u, v, sigma = _power_iteration(link, _matrix(x.detach(), link.dim))
-    return _divide(x, u, v, sigma, link.dim).to(w.dtype)
+    u, v, sigma = without_autocast(w, _power_iteration, link, _matrix(x.detach(), link.dim))
+    return cast(_divide(x, u, v, sigma, link.dim), w.dtype)
