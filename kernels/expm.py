@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import flatten
+from tritonparam.kernels.launch import flatten, launch
 from tritonparam.kernels.tile import exponent, load_triu, power_of_two
 
 # Coefficients of c and s over powers of B: the polynomials that interpolate cosh(sqrt B) and
@@ -259,7 +259,7 @@ def expm_fwd(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, 
         return y, ()
     w = flatten(w.float(), 2)  # 16 bits: one launch more, a third of the kernels
     sizes = (w.size(1), w.stride(0), w.stride(1))
-    _expm_fwd_kernel[(w.size(0),)](w, y, *sizes, **_options(config, sign))
+    launch(_expm_fwd_kernel, (w.size(0),), w, y, *sizes, **_options(config, sign))
     return y, ()
 
 
@@ -272,7 +272,7 @@ def expm_bwd(
         return dw
     g, w = flatten(g, 2), flatten(w.float(), 2)
     sizes = (w.size(1), w.stride(0), w.stride(1), g.stride(0), g.stride(1))
-    _expm_bwd_kernel[(w.size(0),)](w, g, dw, *sizes, **_options(config, sign))
+    launch(_expm_bwd_kernel, (w.size(0),), w, g, dw, *sizes, **_options(config, sign))
     return dw
 
 
