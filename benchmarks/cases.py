@@ -66,6 +66,19 @@ CUDA = (
     *(Timed(name, (shape,)) for shape in ((4096, 64), (30000, 50)) for name in _TALL),
 )
 
+# Weights n × n of which one read is timed, and with a backward pass where that says so: on the CPU
+# they cost less than what surrounds them.
+SMALL_READS: dict[str, tuple[tuple[str, int, bool], ...]] = {
+    "cpu": (
+        ("cayley", 8, True),
+        ("cayley", 64, False),
+        ("cayley", 64, True),
+        ("weight_norm", 64, False),
+        ("weight_norm", 64, True),
+    ),
+    "cuda": (),
+}
+
 # The spectral norm of what the map is applied to; other chains take 1.
 NORMS = {"skew_exp": torch.pi, "symmetric_exp": torch.pi}
 

@@ -273,9 +273,13 @@ def _rows(
     for name in times:
         rows.append(row(weights.timed, phase, name, times))
         if name in errors:
-            value, gradient = (float(f"{e:.1e}") for e in errors[name])
-            rows[-1] |= {"value_error": value, "gradient_error": gradient}
+            rows[-1] |= _errors(errors[name])
     return [r | extra for r in rows]
+
+
+def _errors(found: tuple[float, float]) -> Row:
+    value, gradient = (float(f"{e:.1e}") for e in found)
+    return {"value_error": value, "gradient_error": gradient}
 
 
 def row(timed: Timed, phase: str, name: str, times: dict[str, list[float]]) -> Row:
@@ -309,23 +313,32 @@ def row(timed: Timed, phase: str, name: str, times: dict[str, list[float]]) -> R
 READS, READ_ROUNDS = 20, 100
 
 
-def read(case: Case, n: int, clock: Clock, repeat: Repeat = plainly) -> list[Row]:
-    """What the property, the guard and the op cost the host, per read without a gradient."""
+def read(
+    case: Case, n: int, clock: Clock, repeat: Repeat = plainly, *, backward: bool = False
+) -> list[Row]:
+    """What the property, the guard and the op cost the host, per read of an n × n weight.
+
+    It is read without a gradient, or with one and its backward pass.
+    """
     torch.manual_seed(0)
     timed = Timed(case.name, ((n, n),))
     module = case.module(case.original((n, n), 1.0, torch.float32).to(clock.device))
+    parameters, g = list(module.parameters()), torch.randn(n, n, device=clock.device)
+    paths = ("composed", "kernel" if clock.kind == "cuda" else "closed")
+    errors = _gate(module, g, list(paths[1:]))
 
     def reading(path: str) -> Step:
-        @torch.no_grad()
         def step() -> None:
-            with tp.use_path(path):
+            with tp.use_path(path), torch.set_grad_enabled(backward):
                 for _ in range(READS):
-                    module.weight  # noqa: B018
+                    weight = module.weight
+                    if backward:
+                        torch.autograd.grad(weight, parameters, g)
 
         return step
 
-    paths = ("composed", "kernel" if clock.kind == "cuda" else "closed")
     timers = {path: _timer(clock.host_seconds, reading(path)) for path in paths}
     times = interleaved(timers, repeat, READ_ROUNDS, 1)
     times = {name: [seconds / READS for seconds in column] for name, column in times.items()}
-    return [row(timed, "read", name, times) for name in times]
+    phase = "read and backward" if backward else "read"
+    return [row(timed, phase, name, times) | _errors(errors[name]) for name in times]

@@ -40,8 +40,8 @@ def _label(row: Row) -> str:
     shape = row["shape"]
     layers = isinstance(shape[0], list)
     size = f"{len(shape)} layers" if layers else "×".join(map(str, shape))
-    phase = {"forward+backward": "", "read": ", read"}.get(row["phase"])
-    return f"{row['chain']} {size}{', graph' if phase is None else phase}"
+    phase = {"forward+backward": "", "forward+backward, graph": ", graph"}.get(row["phase"])
+    return f"{row['chain']} {size}{', ' + row['phase'] if phase is None else phase}"
 
 
 def _times(rows: list[Row], floors: bool) -> list[str]:

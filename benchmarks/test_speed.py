@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from benchmarks import machine, measure
-from benchmarks.cases import Timed, rows
+from benchmarks.cases import SMALL_READS, Timed, rows
 from benchmarks.clock import Clock
 from tests.cases import CASES
 
@@ -73,7 +73,19 @@ def test_read_without_gradient(benchmark: Any, results: Any) -> None:
     """What a read costs the host: on the CPU where the matrix costs nothing."""
     _skip_beyond_budget(results)
 
-    _write("read", measure.read(CASES[0], READ_SIZE[KIND], CLOCK, _clocked(benchmark)))
+    table = results.setdefault("read", [])
+    table += measure.read(CASES[0], READ_SIZE[KIND], CLOCK, _clocked(benchmark))
+    _write("read", table)
+
+
+@pytest.mark.parametrize(("name", "n", "backward"), SMALL_READS[KIND])
+def test_read(name: str, n: int, backward: bool, benchmark: Any, results: Any) -> None:
+    _skip_beyond_budget(results)
+
+    table = results.setdefault("read", [])
+    case = Timed(name, ((n, n),)).case
+    table += measure.read(case, n, CLOCK, _clocked(benchmark), backward=backward)
+    _write("read", table)
 
 
 @pytest.mark.parametrize("timed", rows(KIND), ids=_name)

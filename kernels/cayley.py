@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
 from tritonparam.kernels.tile import load_skew_block, load_triu, take_lane, take_uniform
 
 
@@ -310,9 +310,9 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: FwdConfig) -> t
     options = _fwd_options(config, q.dtype)
     if config.num_warps == 1:
         grid = (triton.cdiv(n_matrices, config.block_matrices),)
-        _cayley_fwd_kernel[grid](w, d, q, n_matrices, n_cols, *strides, **options)
+        launch(_cayley_fwd_kernel, grid, w, d, q, n_matrices, n_cols, *strides, **options)
     else:
-        _cayley_fwd_tile_kernel[(n_matrices,)](w, d, q, n_cols, *strides, **options)
+        launch(_cayley_fwd_tile_kernel, (n_matrices,), w, d, q, n_cols, *strides, **options)
     return q
 
 
@@ -334,7 +334,7 @@ def cayley_bwd(
     n_matrices, n_cols, _ = g.shape
     strides = (g.stride(0), g.stride(1), d.stride(0))
     options = _bwd_options(config, q.dtype)
-    _cayley_bwd_kernel[(n_matrices,)](g, q, d, dw, n_cols, *strides, **options)
+    launch(_cayley_bwd_kernel, (n_matrices,), g, q, d, dw, n_cols, *strides, **options)
     return dw
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, flatten, packing, slot
+from tritonparam.kernels.launch import NAME, flatten, launch, packing, slot
 from tritonparam.kernels.tile import (
     choose,
     exponent,
@@ -325,7 +325,7 @@ def expm_fwd(
     w = _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
-    _expm_fwd_kernel[grid](w, y, *w.shape[:2], *w.stride(), **options)
+    launch(_expm_fwd_kernel, grid, w, y, *w.shape[:2], *w.stride(), **options)
     return y, ()
 
 
@@ -342,7 +342,7 @@ def expm_bwd(
     g, w = _batch(g, config), _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
-    _expm_bwd_kernel[grid](w, g, dw, *w.shape[:2], *w.stride(), *g.stride(), **options)
+    launch(_expm_bwd_kernel, grid, w, g, dw, *w.shape[:2], *w.stride(), *g.stride(), **options)
     return dw
 
 

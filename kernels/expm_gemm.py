@@ -15,7 +15,7 @@ from tritonparam.kernels.expm import EVEN_ODD, THETA
 from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.gemm import candidates as product_candidates
 from tritonparam.kernels.gemm import launches as product_launches
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
 from tritonparam.kernels.mirror import skew, symmetric
 from tritonparam.kernels.tile import exponent, power_of_two
 
@@ -142,7 +142,7 @@ def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, .
     schedule = torch.empty((w.size(0), n_columns), dtype=a.dtype, device=a.device)
     first = torch.empty(w.size(0), dtype=torch.int32, device=a.device)
     options = _schedule_options(sign, a.dtype)
-    _schedule_kernel[(w.size(0),)](sums, mu, schedule, first, tiles, n_columns, **options)
+    launch(_schedule_kernel, (w.size(0),), sums, mu, schedule, first, tiles, n_columns, **options)
     return first, schedule, a, b, b2, k
 
 
@@ -247,7 +247,7 @@ def _polynomial(
     grid = (n_matrices * triton.cdiv(n * n, _BLOCK),)
     sizes = (n_matrices, n * n, n, schedule.size(1))
     options = _blocks_options(sign, a.dtype, half)
-    _blocks_kernel[grid](a, b, k, schedule, blocks, *sizes, **options)
+    launch(_blocks_kernel, grid, a, b, k, schedule, blocks, *sizes, **options)
     y = blocks[-1]
     for j in reversed(range(len(even) // 2 - 1)):
         column = HALF_POLYNOMIAL if half else POLYNOMIAL if j else LAST_POLYNOMIAL

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, launch
 
 FORMS = ("full", "symmetric", "skew", "sum", "difference", "symmetric_gradient", "skew_gradient")
 
@@ -289,7 +289,9 @@ def product(
         c, c_stride, trans_c = _by_rows_or_columns(c)
     rough = rough if a.dtype == torch.float32 else None
     u, v = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (u, v))
-    _product_kernel[(n_matrices * tiles,)](
+    launch(
+        _product_kernel,
+        (n_matrices * tiles,),
         a,
         b,
         c,

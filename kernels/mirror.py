@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from tritonparam.kernels.gemm import Config, launch_options, n_tiles, product_config, triangle
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype
+from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, launch
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _mirror(w: torch.Tensor, config: Config, sign: float, diagonal: float | None
         return x
     options = _options(config, x.dtype, sign, diagonal)
     grid = (w.size(0) * n_tiles(w.size(1), config, "skew"),)
-    _mirror_kernel[grid](w, x, w.size(1), *w.stride(), **options)
+    launch(_mirror_kernel, grid, w, x, w.size(1), *w.stride(), **options)
     return x
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.gemm import candidates as product_candidates
 from tritonparam.kernels.gemm import launches as product_launches
-from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
+from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype, launch
 from tritonparam.kernels.mirror import skew
 
 # Enough for norms of X up to 3500, less what `_start_kernel` loses by its bound, at most a factor
@@ -149,7 +149,9 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     first, rough = torch.empty(2, n_matrices, dtype=torch.int32, device=p.device)
     options = _start_options(q.dtype)
     grid = (n_matrices * triton.cdiv(n * n, options["BLOCK"]),)
-    _start_kernel[grid](p, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options)
+    launch(
+        _start_kernel, grid, p, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options
+    )
     source, target = q_flat, y
     for turn in range(ROUNDS - 1):
         skip = {"first": first, "turn": turn}

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import clock as clocks
 from benchmarks import machine, measure, report, test_speed
-from benchmarks.cases import CUDA, LAYERS, Timed, least, rows
+from benchmarks.cases import CUDA, LAYERS, SMALL_READS, Timed, least, rows
 from benchmarks.clock import Clock
 from tests.cases import CASES
 
@@ -164,6 +164,38 @@ def test_the_read(folder, cuda, benchmark_stand_in, monkeypatch):
     assert [row["contender"] for row in content["rows"]] == ["composed", "kernel"]
     assert all(row["shape"] == [5, 5] for row in content["rows"])
     assert "| cayley 5×5, read |" in report.tables()
+
+
+@pytest.mark.parametrize("name", ["cayley", "weight_norm"])
+def test_a_small_read_and_its_backward_pass(name, cuda, tmp_path, benchmark_stand_in, monkeypatch):
+    for module, attribute, value in (
+        (measure, "READS", 1),
+        (measure, "READ_ROUNDS", 2),
+        (report, "ROOT", tmp_path),
+        (test_speed, "OUT", str(tmp_path / "benchmarks" / "results" / "one")),
+        (test_speed, "CLOCK", Clock("cpu", largest=SMALL)),
+    ):
+        monkeypatch.setattr(module, attribute, value)
+    results = {"started": time.monotonic()}
+    for backward in (False, True):
+        test_speed.test_read(name, 5, backward, benchmark_stand_in, results)
+    content = json.loads((tmp_path / "benchmarks/results/one/read.json").read_text())
+    found = [(row["phase"], row["contender"]) for row in content["rows"]]
+    phases, contenders = ("read", "read and backward"), ("composed", "closed")
+    assert found == [(phase, contender) for phase in phases for contender in contenders]
+    assert all(0 <= row["gradient_error"] < 1e-5 for row in content["rows"])
+    for phase in phases:
+        assert f"| {name} 5×5, {phase} |" in report.tables()
+    fused = measure.fused
+    monkeypatch.setattr(measure, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
+    with pytest.raises(AssertionError, match="is off by"):
+        test_speed.test_read(name, 5, True, benchmark_stand_in, results)
+
+
+def test_small_reads_are_chains_of_the_table():
+    assert {name for reads in SMALL_READS.values() for name, _, _ in reads} <= {
+        case.name for case in CASES
+    }
 
 
 def test_a_spent_budget_skips(folder, benchmark_stand_in, monkeypatch):

@@ -76,7 +76,7 @@ def test_the_model_is_not_changed(file):
     assert [t.row["chain"] for t in found] == [
         "spectral_norm",
         "weight_norm",
-        "orthogonal",
+        "tall_exp",
         "cayley",
     ]
     assert all(not trial.reason for t in found for trial in t.trials)
@@ -108,7 +108,12 @@ def test_an_interrupted_run_goes_on_where_it_was(file):
 
 def test_a_wrong_result_is_discarded(file, monkeypatch):
     closed = tp.ops.cayley._closed_fwd
-    monkeypatch.setattr(tp.ops.cayley, "_closed_fwd", lambda w, d: closed(w, d) + 0.01)
+
+    def wrong(w, d):
+        q, saved = closed(w, d)
+        return q + 0.01, saved
+
+    monkeypatch.setattr(tp.ops.cayley, "_closed_fwd", wrong)
     monkeypatch.setattr(tp.ops.cayley._skew_cayley, "forward", tp.ops.cayley._forward)
     (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1e-9, composed=1e-5))
     assert found.row["path"] == "composed"

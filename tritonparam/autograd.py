@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.numerics import cast, compute_dtype, without_autocast
 
 Saved = tuple[Tensor, ...]
 Gradients = tuple[Tensor, ...]
+
+_REQUIRES_GRAD, _DTYPE = attrgetter("requires_grad"), attrgetter("dtype")
 
 
 class EagerMap:
@@ -34,6 +37,8 @@ class EagerMap:
         like: the position of the argument that has the result's shape and dtype.
     """
 
+    _operator: Callable[..., Tensor] | None = None  # what a compiler is given instead
+
     def __init__(
         self,
         forward: Callable[..., tuple[Tensor, Any]],
@@ -50,12 +55,13 @@ class EagerMap:
     def __call__(self, *args: Any) -> Tensor:
         """The map's value, differentiable in the leading arguments."""
         dtype = args[self.like].dtype
-        if torch.is_grad_enabled() and any([x.requires_grad for x in args[: self.n_gradients]]):
+        if self._operator is not None and torch.compiler.is_compiling():
+            return self._operator(*args).to(dtype)
+        if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, args[: self.n_gradients])):
             y = _Function.apply(self, *args)
         else:
-            with no_autocast(args[0]):
-                y, _ = self.forward(*args)
-        return y if y.dtype == dtype else y.to(dtype)
+            y, _ = without_autocast(args[0], self.forward, *args)
+        return cast(y, dtype)
 
 
 class FusedMap(EagerMap):
@@ -88,22 +94,16 @@ class FusedMap(EagerMap):
         self.name, self.resume = name, resume
         self._operator = self._define(schema)
 
-    def __call__(self, *args: Any) -> Tensor:
-        """The map's value, differentiable in the leading arguments."""
-        if torch.compiler.is_compiling():
-            return self._operator(*args).to(args[self.like].dtype)
-        return super().__call__(*args)
-
     def _define(self, schema: str) -> Callable[..., Tensor]:
         def forward(*args: Any) -> Tensor:
-            with no_autocast(args[0]):
-                return self.forward(*args)[0]
+            return without_autocast(args[0], self.forward, *args)[0]
+
+        def gradients(g: Tensor, y: Tensor, *args: Any) -> Gradients:
+            saved = self.resume(y, *args) if self.resume else self.forward(*args)[1]
+            return self.backward(g, saved, args[0].dtype, *args[self.n_tensors :])
 
         def backward(g: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
-            with no_autocast(g):
-                saved = self.resume(y, *args) if self.resume else self.forward(*args)[1]
-                numbers = args[self.n_tensors :]
-                grads = self.backward(g, saved, args[0].dtype, *numbers)
+            grads = without_autocast(g, gradients, g, y, *args)
             return tuple(dx.contiguous() for dx in self._as(grads, args))
 
         def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,20 +157,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, fused: EagerMap, *args: Any) -> Tensor:
-        with no_autocast(args[0]):
-            y, saved = fused.forward(*args)
+        y, saved = without_autocast(args[0], fused.forward, *args)
         ctx.save_for_backward(*saved)
-        ctx.fused, ctx.numbers = fused, args[fused.n_tensors :]
-        ctx.dtypes = [x.dtype for x in args[: fused.n_gradients]]
-        ctx.rest = [None] * (len(args) - fused.n_gradients)
+        dtypes = tuple(map(_DTYPE, args[: fused.n_gradients]))
+        ctx.call = fused, dtypes, args[fused.n_tensors :], len(args) - fused.n_gradients
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        fused = ctx.fused
+        fused, dtypes, numbers, n_rest = ctx.call
         # create_graph=True: differentiate the formula itself
         gradients = fused.graph if torch.is_grad_enabled() else fused.backward
-        with no_autocast(g):
-            grads = gradients(g, ctx.saved_tensors, ctx.dtypes[0], *ctx.numbers)
-        grads = [dx.to(dtype) for dx, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return (None, *grads, *ctx.rest)
+        grads = without_autocast(g, gradients, g, ctx.saved_tensors, dtypes[0], *numbers)
+        return (None, *map(cast, grads, dtypes), *[None] * n_rest)

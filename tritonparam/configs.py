@@ -27,7 +27,7 @@ def lookup(chain: str, x: Tensor, n: int) -> Choice | None:
     n is what the chain's cost grows with: that of n × n, k of n × k. The answer is remembered;
     asking costs less than a microsecond.
     """
-    return _lookup(x.device, x.dtype, chain, n, x.numel()) if _table() else None
+    return _lookup(x.device, x.dtype, chain, n, x.numel()) if table() else None
 
 
 def fastest(chain: str, x: Tensor, n: int) -> str:
@@ -58,7 +58,7 @@ def device_name(device: torch.device) -> str:
 
 def reload() -> None:
     """Read the tables again when they are next asked for."""
-    for answers in (_table, _lookup, _launch):
+    for answers in (table, _lookup, _launch):
         answers.cache_clear()
 
 
@@ -84,7 +84,7 @@ def _lookup(
 ) -> Choice | None:
     compute = torch.promote_types(dtype, torch.float32)
     size = tables.bucket(n), tables.bucket(batch(n, numel))
-    row = _table().get((device_name(device), compute, chain, *size))
+    row = table().get((device_name(device), compute, chain, *size))
     return Choice(row["path"], row["config"]) if row else None
 
 
@@ -100,7 +100,7 @@ def _launch(
     *more: Any,
 ) -> Any:
     config = default(n, *more)
-    choice = _lookup(device, dtype, chain, n, numel) if _table() else None
+    choice = _lookup(device, dtype, chain, n, numel) if table() else None
     numbers = choice.config.get(phase, {}) if choice else {}
     try:
         return replace(config, **numbers)
@@ -114,7 +114,7 @@ def _launch(
 
 
 @cache
-def _table() -> dict[Key, tables.Row]:
+def table() -> dict[Key, tables.Row]:
     """The shipped rows, and before them the user's."""
     if _trial is not None:
         return _trial

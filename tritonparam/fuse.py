@@ -99,7 +99,8 @@ class FusedParametrizationList(ParametrizationList):
 def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
     """The originals of a list, in the order in which its first link takes them."""
     if plist.is_tensor:
-        return (plist.original,)
+        original = plist._parameters.get("original")  # the module's own lookup is slower
+        return (plist.original if original is None else original,)
     return tuple(getattr(plist, f"original{i}") for i in range(plist.ntensors))
 
 

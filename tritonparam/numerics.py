@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,11 +13,17 @@ from torch import Tensor
 # (pytorch #142815); one matrix at a time is right, and from here on costs nothing.
 _MAX_BATCHED_LU = 128
 _NOTHING = nullcontext()
+_T = TypeVar("_T")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that maps compute in: fp32 for fp16 and bf16, otherwise the dtype itself."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float32 else torch.promote_types(dtype, torch.float32)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which costs as much as an operator even where it changes nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -24,6 +32,15 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return _NOTHING
+
+
+def without_autocast(x: Tensor, function: Callable[..., _T], *args: Any) -> _T:
+    """``function(*args)`` under ``no_autocast(x)``, whose cost is avoided where autocast is off."""
+    kind = "cpu" if x.is_cpu else "cuda" if x.is_cuda else None
+    if kind and not torch.is_autocast_enabled(kind):
+        return function(*args)
+    with no_autocast(x):
+        return function(*args)
 
 
 def identity_like(x: Tensor) -> Tensor:

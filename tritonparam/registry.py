@@ -21,6 +21,7 @@ from tritonparam.tables import PATHS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 NO_RULE = "no rule for this chain"
+_ON_CPU = "the original is on the cpu"  # the device's own string takes longer than the rest
 
 _HAS_TRITON = find_spec("triton") is not None
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
@@ -51,6 +52,8 @@ class Rule:
             the op takes its closed form, or the empty string where its Triton kernel runs.
         size: called as ``size(*tensors)``; returns what the chain's cost grows with, by which the
             table of measured paths is asked.
+        measured_as: called as ``measured_as(links, *tensors)``; returns the name by which it is
+            asked, where that is not the rule's.
         kernels: called as ``kernels(n, dtype)``; returns the name of the file of kernels whose
             launch configurations can be tuned, or the empty string.
         differs: called as ``differs(links, *tensors)``; returns the sentence how the value differs
@@ -69,11 +72,17 @@ class Rule:
     declines: Callable[..., str]
     kernel_declines: Callable[..., str]
     size: Callable[..., int] = lambda *xs: xs[0].size(-1)
+    measured_as: Callable[..., str] | None = None
     kernels: Callable[[int, torch.dtype], str] = lambda n, dtype: ""
     differs: Callable[..., str] = lambda links, *xs: ""
     launches: Callable[..., tuple[int, int] | None] | None = None
     alike: Callable[..., Hashable] = lambda *chain: None
     together: Callable[..., list[Tensor]] = lambda chains: []
+
+    def question(self, links: Sequence[nn.Module], *xs: Tensor) -> tuple[str, Tensor, int]:
+        """What the table of measured paths is asked: the chain's name in it, a tensor, the size."""
+        name = self.measured_as(links, *xs) if self.measured_as else self.name
+        return name, xs[-1], self.size(*xs)
 
 
 class Kind(NamedTuple):
@@ -96,17 +105,19 @@ def lookup(
     """
     if _override == "composed":
         return None, len(links), "the path is set to composed"
-    kinds = tuple([_aliases.get(type(link), type(link)) for link in links])
+    kinds: tuple[type, ...] = tuple(map(type, links))
+    if _aliases:
+        kinds = tuple(map(meaning, kinds))
     reason = ""
     for rule in rules:
         n = len(rule.chain)
-        if rule.chain == kinds[:n]:
-            declined = links_decline(links[:n]) or _tensors_decline(xs)
-            declined = declined or rule.declines(links[:n], *xs)
-            if not declined and measured(rule.name, xs[-1], rule.size(*xs)) == "composed":
-                why = "torch's own chain was measured faster at this size on this device"
-                return None, n, why
+        if rule.chain[0] is kinds[0] and rule.chain == kinds[:n]:
+            taken = links[:n]
+            declined = links_decline(taken) or _tensors_decline(xs) or rule.declines(taken, *xs)
             if not declined:
+                if _asks() and configs.fastest(*rule.question(taken, *xs)) == "composed":
+                    why = "torch's own chain was measured faster at this size on this device"
+                    return None, n, why
                 return rule, n, ""
             reason = reason or declined
     return None, 1, reason or NO_RULE
@@ -193,9 +204,12 @@ def measured(chain: str, x: Tensor, n: int) -> str:
     It is empty as well where ``use_path`` asks for a path, and in a graph that is being compiled,
     since the table is measured in eager mode.
     """
-    if _override is not None or torch.compiler.is_compiling():
-        return ""
-    return configs.fastest(chain, x, n)
+    return configs.fastest(chain, x, n) if _asks() else ""
+
+
+def _asks() -> bool:
+    """Whether the table of measured paths is asked, and has rows at all."""
+    return _override is None and not torch.compiler.is_compiling() and bool(configs.table())
 
 
 def kernel_declines(chain: str, x: Tensor, n: int) -> str:
@@ -225,7 +239,7 @@ def device_declines(x: Tensor) -> str:
     if not _HAS_TRITON:
         return "triton is not installed"
     if not x.is_cuda and not (_override == "kernel" and _interpreted()):
-        return f"the original is on the {x.device.type}"
+        return _ON_CPU if x.is_cpu else f"the original is on the {x.device.type}"
     return ""
 
 

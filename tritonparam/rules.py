@@ -28,7 +28,12 @@ _NO_SIGNS = object()  # an alias has none
 
 
 def _signature(links: Sequence[nn.Module], w: Tensor) -> Any:
-    d = getattr(links[1], "signature", _NO_SIGNS)
+    buffers = links[1]._buffers  # the module's own lookup is slower
+    d = (
+        buffers["signature"]
+        if "signature" in buffers
+        else getattr(links[1], "signature", _NO_SIGNS)
+    )
     return w.new_ones(()).expand(w.shape[:-1]) if d is _NO_SIGNS else d
 
 
@@ -37,10 +42,11 @@ def _skew_cayley(links: Sequence[nn.Module], w: Tensor) -> Tensor:
 
 
 def _skew_cayley_declines(links: Sequence[nn.Module], w: Tensor) -> str:
-    if w.dim() < 2 or w.size(-1) != w.size(-2):
+    shape = w.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
         return "the original is not square"
     d = _signature(links, w)
-    if d is None or d.shape != w.shape[:-1] or d.device != w.device:
+    if d is None or d.shape != shape[:-1] or d.device != w.device:
         return "the map's signature does not fit the original"
     return ""
 
@@ -128,6 +134,17 @@ def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
         exponential = orthogonal_map == "matrix_exp"
         return expm.kernel_declines(x, "skew") if exponential else cayley.kernel_declines(x)
     return _TALL[orthogonal_map].kernel_declines(tall(x))
+
+
+def _measured_as(orthogonal_map: str, x: Tensor) -> str:
+    """The name under which the table of measured paths has the map of x."""
+    if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
+        return {"cayley": "cayley", "matrix_exp": "skew_exp"}[orthogonal_map]
+    return {"cayley": "tall_cayley", "matrix_exp": "tall_exp"}.get(orthogonal_map, orthogonal_map)
+
+
+def _columns(x: Tensor) -> int:
+    return min(x.shape[-2:])
 
 
 def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int] | None:
@@ -263,6 +280,8 @@ RULES = (
         op=_orthogonal,
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
+        size=_columns,
+        measured_as=lambda links, x: _measured_as(cast(Any, links[0]).orthogonal_map, x),
         launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map, x),
     ),
     Rule(
@@ -273,6 +292,11 @@ RULES = (
         kernel_declines=lambda links, x: from_left_kernel_declines(
             cast(Any, links[0]).orthogonal_map.name, x
         ),
+        size=_columns,
+        # By itself: what torch composes is n×n.
+        measured_as=lambda links, x: (
+            "torch_" + _measured_as(cast(Any, links[0]).orthogonal_map.name, x)
+        ),
         launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map.name, x),
         differs=_torch_orthogonal_differs,
     ),
@@ -282,6 +306,9 @@ RULES = (
         op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
         declines=_gates_decline,
         kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
+        measured_as=lambda links, x: _measured_as(
+            cast(Any, links[0]).orthogonal_map, _gates(links, x)
+        ),
         launches=lambda links, x: from_left_launches(
             cast(Any, links[0]).orthogonal_map, _gates(links, x)
         ),

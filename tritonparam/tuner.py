@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, info, registry, tables, trials
@@ -121,7 +121,7 @@ def tune(
     kinds: dict[tables.Key, tuple[registry.Rule, ParametrizationList]] = {}
     for _, _, plist in parametrized_tensors(model):
         if rule := _rule(plist):
-            kinds.setdefault(tables.key(_row(rule, originals(plist))), (rule, plist))
+            kinds.setdefault(tables.key(_row(rule, plist)), (rule, plist))
     if not kinds:
         raise ValueError(
             "tune: the model has no weight whose whole chain a rule takes; "
@@ -182,9 +182,10 @@ def _rule(plist: ParametrizationList) -> registry.Rule | None:
     return steps[0][0] if len(steps) == 1 else None
 
 
-def _row(rule: registry.Rule, xs: Sequence[Tensor]) -> tables.Row:
-    x, n = xs[-1], max(rule.size(*xs), 1)
-    row = {"device": configs.device_name(x.device), "dtype": _name(x.dtype), "chain": rule.name}
+def _row(rule: registry.Rule, plist: ParametrizationList) -> tables.Row:
+    chain, x, n = rule.question(tuple(plist._modules.values()), *originals(plist))
+    n = max(n, 1)
+    row = {"device": configs.device_name(x.device), "dtype": _name(x.dtype), "chain": chain}
     return row | {"n": n, "batch": configs.batch(n, x.numel()), "path": "closed", "config": {}}
 
 
@@ -196,7 +197,7 @@ def _name(dtype: torch.dtype) -> str:
 def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> Tuning:
     """Compile, compare and time every way to evaluate a weight, on copies of its list."""
     xs = originals(plist)
-    x, row = xs[-1], _row(rule, xs)
+    x, row = xs[-1], _row(rule, plist)
     composed = [Trial("composed", {})] if max(x.shape, default=0) <= LARGEST_COMPOSED else []
     ways = [Trial("closed", {}), *composed]
     with configs.trying(None):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tritonparam import configs, registry
-from tritonparam.autograd import FusedMap
-from tritonparam.numerics import compute_dtype, inverse_definite
+from tritonparam.autograd import FusedMap, Saved
+from tritonparam.numerics import cast, compute_dtype, inverse_definite
 from tritonparam.together import stacked
 
 _TILE_MAX_N = 64  # one program for each matrix; above, a sequence of products
 _KERNEL_MAX_N = 4096
+_FEW = 64  # rows of a matrix, up to which the number of operators is what counts
 
 
 def kernel_declines(w: Tensor) -> str:
@@ -37,28 +38,50 @@ def n_launches(w: Tensor) -> tuple[int, int]:
     return kernels.N_LAUNCHES if w.numel() else (0, 0)
 
 
-def _closed_fwd(w: Tensor, d: Tensor) -> Tensor:
+def _closed_fwd(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     # One inverse and no product: Q = (2M - I) D with M = (I - X)⁻¹.
-    lower = w.to(compute_dtype(w.dtype)).mT.tril(-1)
+    w = cast(w, compute_dtype(w.dtype))
+    if w.is_cpu and w.dim() == 2 and w.size(0) <= _FEW:
+        return _closed_fwd_of_few(w, d)
+    lower = w.mT.tril(-1)
     a = lower - lower.mT  # by rows, as the result shall be
     a.diagonal(0, -2, -1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
     nan = lower.sum((-2, -1), keepdim=True).mul_(0)
     q = inverse_definite(a) * nan.add(d.unsqueeze(-2), alpha=2)
     q.diagonal(0, -2, -1).sub_(d)
-    return q
+    return q, (q, d)
 
 
-def _closed_bwd(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
+def _closed_fwd_of_few(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
+    """The same of one matrix, by as few operators as it takes: Q = -D - 2 M (-D)."""
+    upper = w.triu(1)
+    a = (upper.mT - upper).fill_diagonal_(1)
+    # The distance is 0, or NaN where W is not finite.
+    minus_d = (torch.dist(upper, upper) - cast(d, w.dtype)).diag_embed()
+    m = torch.linalg.solve_ex(a, minus_d)[0]
+    q = minus_d.sub_(m, alpha=2)
+    return q, (q, d, m)
+
+
+def _closed_bwd(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     # dW = triu(Z - Zᵀ, 1) / 2 with Z = 4 Mᵀ G D Mᵀ, and 2M = (Q + D) D. Differentiable.
-    q, d = saved
+    q, d = saved[:2]
     e = q.clone()
-    e.diagonal(dim1=-2, dim2=-1).add_(d)
-    z = (d.to(q.dtype) / 2).unsqueeze(-1) * (e.mT @ (g @ e.mT))
-    return ((z - z.mT).triu(1),)
+    e.diagonal(0, -2, -1).add_(d)
+    e = e.mT
+    z = (cast(d, q.dtype) / 2).unsqueeze(-1) * (e @ (g @ e))
+    return ((z - z.mT).triu_(1),)
 
 
-def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _closed_bwd_of_few(g: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor]:
+    # The same with -MD as it was computed: Z = 4 D (MD)ᵀ G (MD)ᵀ.
+    m = m.mT
+    z = (2 * cast(d, m.dtype)).unsqueeze(-1) * m.mm(g.mm(m))
+    return ((z - z.mT).triu_(1),)
+
+
+def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     if registry.path(kernel_declines(w)) == "kernel":
         kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
         try:
@@ -71,12 +94,13 @@ def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         except Exception as error:
             registry.fall_back(error, "cayley", w, w.size(-1))
     registry.count("closed")
-    q = _closed_fwd(w, d)
-    return q, (q, d)
+    return _closed_fwd(w, d)
 
 
-def _backward(g: Tensor, saved: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor]:
-    q, d = saved
+def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    q, d, *few = saved
+    if few:
+        return _closed_bwd_of_few(g, few[0], d)
     if registry.path(kernel_declines(q)) == "kernel":
         kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
         try:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tritonparam import registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
-from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.numerics import cast, compute_dtype, without_autocast
 from tritonparam.together import GroupedMap
 
 
@@ -117,7 +117,7 @@ class _Gradient(torch.autograd.Function):
 
 def _graph(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
     w, u, v, sigma = saved
-    return (_Gradient.apply(g.to(u.dtype), w.to(u.dtype), u, v, sigma, dim),)
+    return (_Gradient.apply(cast(g, u.dtype), cast(w, u.dtype), u, v, sigma, dim),)
 
 
 _divide = FusedMap(
@@ -175,7 +175,7 @@ _iterate_and_divide_all = GroupedMap(
 
 def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and Wᵀu in fresh storage, after the link's iterations, which its buffers keep."""
-    v = link._v.to(w.dtype)
+    v = cast(link._v, w.dtype)
     for _ in range(link.n_power_iterations):
         u = torch.mv(w, v)
         u = u / vector_norm(u).clamp_min_(link.eps)
@@ -190,7 +190,7 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
     if not link.training:
         # Copies: the buffers may change between this read and its backward pass.
-        u, v = link._u.clone().to(w.dtype), link._v.clone().to(w.dtype)
+        u, v = cast(link._u.clone(), w.dtype), cast(link._v.clone(), w.dtype)
         return u, v, torch.dot(u, torch.mv(w, v))
     u, v, q = _iterate(link, w)
     return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
@@ -200,8 +200,8 @@ def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def advance(link: Any, w: Tensor) -> None:
     """Run the link's power iterations on w, as a read in train mode does, and compute no value."""
     if w.dim() > 1:
-        with no_autocast(w):
-            _iterate(link, _matrix(w.to(compute_dtype(w.dtype)), link.dim))
+        x = _matrix(cast(w, compute_dtype(w.dtype)), link.dim)
+        without_autocast(w, _iterate, link, x)
 
 
 def spectral_norms(chains: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:
@@ -236,11 +236,10 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
             return _iterate_and_divide(w, *vectors, link.dim, *steps(link))
         except Exception as error:  # before the last launch, the one that writes u and v
             registry.fall_back(error, "spectral_norm", w, w.numel())
-    x = w.to(compute_dtype(w.dtype))
+    x = cast(w, compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():
             registry.count("closed")
         return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
-    with no_autocast(w):
-        u, v, sigma = _power_iteration(link, _matrix(x.detach(), link.dim))
-    return _divide(x, u, v, sigma, link.dim).to(w.dtype)
+    u, v, sigma = without_autocast(w, _power_iteration, link, _matrix(x.detach(), link.dim))
+    return cast(_divide(x, u, v, sigma, link.dim), w.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tritonparam import registry
 from tritonparam.autograd import FusedMap, Gradients, Saved
-from tritonparam.numerics import compute_dtype
+from tritonparam.numerics import cast, compute_dtype
 from tritonparam.together import GroupedMap
 
 # torch's own loops for the first and the last dimension, in fp32 for fp16 and bf16. Their
@@ -36,7 +36,9 @@ def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
     if dim == -1:
         return ()
-    return tuple(n if i == dim % v.dim() else 1 for i, n in enumerate(v.shape))
+    shape = [1] * v.dim()
+    shape[dim] = v.size(dim)
+    return tuple(shape)
 
 
 def _slices(x: Tensor, dim: int) -> Tensor:
@@ -117,7 +119,7 @@ def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Sav
         if not norm.all():  # on the CPU nobody waits for this
             w.masked_fill_(norm == 0, 0)
             norm = _divisor(norm)
-        return w if rounded else w.to(dtype), (g, v, norm)
+        return w if rounded else cast(w, dtype), (g, v, norm)
     x = v.to(dtype).contiguous()
     norm = _norm(x, dim)
     w = _slices(x, dim) * (g.to(dtype).reshape(norm.shape) / norm)
@@ -133,7 +135,7 @@ def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded:
         except Exception as error:
             registry.fall_back(error, "weight_norm", v, v.numel())
     if _fused(v, dim):
-        grad = grad.to(v.dtype).contiguous()
+        grad = cast(grad, v.dtype).contiguous()
         dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
         return dg, dv
     x, grad = _slices(v, dim).to(norm.dtype), _slices(grad, dim).to(norm.dtype)
