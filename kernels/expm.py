@@ -309,14 +309,14 @@ def expm_fwd(
     `w` is [..., n, n], n <= 32, in fp32, fp16 or bf16, of any strides. The result is new and
     contiguous, computed in fp32 and rounded to `dtype`; beside it stands what `prepare` returns.
     """
-    y = torch.empty(w.shape, dtype=dtype, device=w.device)
+    y = torch.empty(w.shape, dtype=_stored(dtype, config), device=w.device)
     if y.numel() == 0:
-        return y, ()
+        return y.to(dtype), ()
     w = _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
     _expm_fwd_kernel[grid](w, y, *w.shape[:2], *w.stride(), **options)
-    return y, ()
+    return y.to(dtype), ()
 
 
 def expm_bwd(
@@ -326,18 +326,24 @@ def expm_bwd(
 
     `g` is in fp32 or in the dtype of `w`, of any strides.
     """
-    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    dtype = w.dtype
+    dw = torch.empty(w.shape, dtype=_stored(dtype, config), device=w.device)
     if dw.numel() == 0:
-        return dw
+        return dw.to(dtype)
     g, w = _batch(g, config), _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
     _expm_bwd_kernel[grid](w, g, dw, *w.shape[:2], *w.stride(), *g.stride(), **options)
-    return dw
+    return dw.to(dtype)
+
+
+def _stored(dtype: torch.dtype, config: Config) -> torch.dtype:
+    return torch.float32 if config.block > 16 else dtype
 
 
 def _batch(x: torch.Tensor, config: Config) -> torch.Tensor:
-    return flatten(x, 2) if config.block > 16 else x.reshape(-1, *x.shape[-2:])
+    """[matrices, n, n]; for tiles above 16, which have no register to spare, in fp32 by rows."""
+    return flatten(x.float(), 2) if config.block > 16 else x.reshape(-1, *x.shape[-2:])
 
 
 def _options(config: Config, sign: int, n: int) -> dict:
@@ -350,9 +356,9 @@ def _options(config: Config, sign: int, n: int) -> dict:
 
 def shipped(backend: str) -> list[tuple]:
     """Default launches for compiling ahead of time, as `cayley.shipped`: with one and with
-    several matrices to a tile, and the backward with the fewest registers to spare in 16 bits."""
+    several matrices to a tile, and the backward of several in 16 bits."""
     rows: list[tuple] = []
-    for n, name in ((8, "fp32"), (16, "fp32"), (32, "fp32"), (32, "bf16")):
+    for n, name in ((8, "fp32"), (16, "fp32"), (32, "fp32"), (8, "bf16")):
         for kind, sign in (("skew", -1), ("symmetric", 1)):
             options = _options(config(n, torch.float32, backend), sign, n)
             if name == "fp32":
