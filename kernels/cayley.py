@@ -7,8 +7,23 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
-from tritonparam.kernels.tile import load_skew_block, load_triu, take_lane, take_uniform
+from tritonparam.kernels.launch import (
+    NAME,
+    TRITON_DTYPE,
+    compute_dtype,
+    flatten,
+    launch,
+    packing,
+    slot,
+)
+from tritonparam.kernels.tile import (
+    load_skew_block,
+    load_triu,
+    places,
+    product,
+    take_lane,
+    take_uniform,
+)
 
 
 @triton.jit(
@@ -231,6 +246,43 @@ def _cayley_bwd_kernel(
     tl.store(dw_ptr + offset, dw.to(dw_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(
+    do_not_specialize=[
+        *("n_matrices", "n_cols", "g_stride", "g_stride_row", "g_stride_col", "d_stride"),
+    ],
+    do_not_specialize_on_alignment=["g_ptr", "q_ptr", "d_ptr", "dw_ptr"],
+)
+def _cayley_bwd_small_kernel(
+    g_ptr,
+    q_ptr,
+    d_ptr,
+    dw_ptr,
+    n_matrices,
+    n_cols,
+    g_stride,
+    g_stride_row,
+    g_stride_col,
+    d_stride,
+    BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
+    TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same for n <= 16, whole, of as many matrices as fit on the diagonals of the tiles."""
+    matrix, row, col, same, diagonal, mask = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
+    d_mask = (row * 0 + matrix < n_matrices) & (row < n_cols)  # a tensor where matrix is none
+    q_offset = matrix * n_cols * n_cols + (row * n_cols + col)
+    p = tl.load(q_ptr + q_offset, mask=mask, other=0.0)
+    d = tl.load(d_ptr + matrix * d_stride + row, mask=d_mask, other=0.0).to(p.dtype)
+    p += tl.where(diagonal, d, 0.0)
+    g_offset = row.to(tl.int64) * g_stride_row + col.to(tl.int64) * g_stride_col
+    g = tl.load(g_ptr + matrix * g_stride + g_offset, mask=mask, other=0.0)
+    t = product(g, tl.trans(p), same, SLOT, PRECISION)
+    z = product(tl.trans(p), t, same, SLOT, PRECISION) * d
+    dw = tl.where(row < col, 0.5 * (z - tl.trans(z)), 0.0)
+    tl.store(dw_ptr + q_offset, dw.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
 @dataclass(frozen=True)
 class FwdConfig:
     """Launch numbers of the forward; with more than one warp it is the tile kernel that runs."""
@@ -244,13 +296,14 @@ class FwdConfig:
 
 @dataclass(frozen=True)
 class BwdConfig:
-    """Launch numbers of the backward."""
+    """Launch numbers of the backward; `block_k` is that of n > 16, `block_matrices` of n <= 16."""
 
     block_cols: int
     block_k: int
     precision: str
     num_warps: int = 1
     maxnreg: int | None = None
+    block_matrices: int = 1
 
 
 def fwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> FwdConfig:
@@ -266,8 +319,12 @@ def fwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> FwdConfig:
 def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> BwdConfig:
     """The default for n x n matrices; `tl.dot` starts at 16, and hip does not compile tf32x3."""
     cols = max(16, triton.next_power_of_2(n))
+    if cols == 16:
+        wide = dtype == torch.float64 or backend == "hip"
+        precision = "ieee" if wide else "tf32x3"
+        return BwdConfig(cols, cols, precision, block_matrices=cols // slot(n))
     if dtype == torch.float64:
-        num_warps = {16: 1, 32: 2, 64: 8}[cols]
+        num_warps = {32: 2, 64: 8}[cols]
         maxnreg = 192 if cols == 64 and backend == "cuda" else None
         return BwdConfig(cols, 16, "ieee", num_warps, maxnreg)
     precision = "ieee" if backend == "hip" else "tf32x3"
@@ -289,6 +346,7 @@ def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") ->
         depths = [k for k in (16, 32, 64) if k <= default.block_cols]
         numbers = itertools.product(depths, (1, 2, 4, 8))
         others = [replace(default, block_k=k, num_warps=warps) for k, warps in numbers]
+        others.append(replace(default, block_matrices=1))
         registers = (128, 168, 192) if default.block_cols == 64 else ()
     if backend == "cuda":
         others += [replace(default, maxnreg=maxnreg) for maxnreg in registers]
@@ -330,10 +388,17 @@ def cayley_bwd(
     dw = torch.empty(q.shape, dtype=dtype, device=q.device)
     if dw.numel() == 0:
         return dw
-    g, q, d = flatten(g, 2), q.contiguous(), flatten(signature, 1)
+    q, d = q.contiguous(), flatten(signature, 1)
+    options = _bwd_options(config, q.dtype, q.size(-1))
+    if config.block_cols == 16:
+        g = g.reshape(-1, *g.shape[-2:])
+        grid = (triton.cdiv(g.size(0), config.block_matrices),)
+        sizes = (*g.shape[:2], *g.stride(), d.stride(0))
+        launch(_cayley_bwd_small_kernel, grid, g, q, d, dw, *sizes, **options)
+        return dw
+    g = flatten(g, 2)
     n_matrices, n_cols, _ = g.shape
     strides = (g.stride(0), g.stride(1), d.stride(0))
-    options = _bwd_options(config, q.dtype)
     launch(_cayley_bwd_kernel, (n_matrices,), g, q, d, dw, n_cols, *strides, **options)
     return dw
 
@@ -348,7 +413,10 @@ def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:
     return options | _launch_options(config)
 
 
-def _bwd_options(config: BwdConfig, dtype: torch.dtype) -> dict:
+def _bwd_options(config: BwdConfig, dtype: torch.dtype, n: int) -> dict:
+    if config.block_cols == 16:
+        options = {"BLOCK": 16, "PRECISION": config.precision}
+        return options | packing(n, 16, config.block_matrices) | _launch_options(config)
     options = {"BLOCK_COLS": config.block_cols, "BLOCK_K": config.block_k}
     options |= {"PRECISION": config.precision, "ACC": TRITON_DTYPE[dtype]}
     return options | _launch_options(config)
@@ -372,10 +440,11 @@ def launches(
     """
     name, compute = NAME[dtype], compute_dtype(dtype)
     low, acc = f"*{name}", f"*{NAME[compute]}"
-    row = f"cayley_{phase}_{config.block_cols}_{name}"
+    row = f"cayley_{phase}_{n}_{name}"
     if phase == "bwd":
         types = {"g_ptr": acc, "q_ptr": acc, "d_ptr": low, "dw_ptr": low}
-        return [(row, _cayley_bwd_kernel, types, _bwd_options(config, compute))]
+        kernel = _cayley_bwd_small_kernel if config.block_cols == 16 else _cayley_bwd_kernel
+        return [(row, kernel, types, _bwd_options(config, compute, n))]
     kernel = _cayley_fwd_kernel if config.num_warps == 1 else _cayley_fwd_tile_kernel
     types = {"w_ptr": low, "d_ptr": low, "q_ptr": acc}
     return [(row, kernel, types, _fwd_options(config, compute))]
@@ -387,6 +456,6 @@ def shipped(backend: str) -> list[tuple]:
     for dtype in NAME:
         for n in (8, 16, 32, 64):
             rows += launches("fwd", "cayley", n, dtype, fwd_config(n, dtype, backend))
-        for n in (16, 32, 64):
+        for n in (8, 16, 32, 64):
             rows += launches("bwd", "cayley", n, dtype, bwd_config(n, dtype, backend))
     return rows

@@ -319,14 +319,14 @@ def expm_fwd(
     `w` is [..., n, n], n <= 32, in fp32, fp16 or bf16, of any strides. The result is new and
     contiguous, computed in fp32 and rounded to `dtype`; beside it stands what `prepare` returns.
     """
-    y = torch.empty(w.shape, dtype=dtype, device=w.device)
+    y = torch.empty(w.shape, dtype=_stored(dtype, config), device=w.device)
     if y.numel() == 0:
-        return y, ()
+        return y.to(dtype), ()
     w = _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
     launch(_expm_fwd_kernel, grid, w, y, *w.shape[:2], *w.stride(), **options)
-    return y, ()
+    return y.to(dtype), ()
 
 
 def expm_bwd(
@@ -336,14 +336,19 @@ def expm_bwd(
 
     `g` is in fp32 or in the dtype of `w`, of any strides.
     """
-    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    dtype = w.dtype
+    dw = torch.empty(w.shape, dtype=_stored(dtype, config), device=w.device)
     if dw.numel() == 0:
-        return dw
+        return dw.to(dtype)
     g, w = _batch(g, config), _batch(w, config)
     options = _options(config, sign, w.size(1))
     grid = (triton.cdiv(w.size(0), config.matrices),)
     launch(_expm_bwd_kernel, grid, w, g, dw, *w.shape[:2], *w.stride(), *g.stride(), **options)
-    return dw
+    return dw.to(dtype)
+
+
+def _stored(dtype: torch.dtype, config: Config) -> torch.dtype:
+    return torch.float32 if config.block > 16 else dtype
 
 
 def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -352,7 +357,8 @@ def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _batch(x: torch.Tensor, config: Config) -> torch.Tensor:
-    return flatten(x, 2) if config.block > 16 else x.reshape(-1, *x.shape[-2:])
+    """[matrices, n, n]; for tiles above 16, which have no register to spare, in fp32 by rows."""
+    return flatten(x.float(), 2) if config.block > 16 else x.reshape(-1, *x.shape[-2:])
 
 
 def _options(config: Config, sign: int, n: int) -> dict:
@@ -366,7 +372,7 @@ def _options(config: Config, sign: int, n: int) -> dict:
 def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """What a phase launches, for compiling ahead of time, as in `cayley.launches`."""
     options = _options(config, -1 if chain == "skew_exp" else 1, n)
-    name = NAME[dtype]
+    name = NAME[_stored(dtype, config)]
     row = f"{chain}_{phase}_{n}_{name}"
     if phase == "fwd":
         types = {"w_ptr": f"*{name}", "y_ptr": f"*{name}"}
@@ -376,10 +382,10 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
 
 
 def shipped(backend: str) -> list[tuple]:
-    """Default launches: with one and with several matrices to a tile, and the backward with the
-    fewest registers to spare in 16 bits."""
+    """Default launches: with one and with several matrices to a tile, and the backward of several
+    in 16 bits."""
     sizes = [(n, torch.float32, phase) for n in (8, 16, 32) for phase in ("fwd", "bwd")]
-    sizes.append((32, torch.bfloat16, "bwd"))
+    sizes.append((8, torch.bfloat16, "bwd"))
     return [
         row
         for n, dtype, phase in sizes

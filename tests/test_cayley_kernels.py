@@ -1,5 +1,7 @@
 """The Cayley kernels, launched directly, against torch in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.linalg import matrix_norm
@@ -118,6 +120,19 @@ def test_any_strides(n):
     wide = torch.randn(2, n + 3, 2 * n)
     check(wide[:, 2 : n + 2, 1 : n + 1], signs(2, 2 * n).float()[:, 1 : n + 1], wide[:, :n, :n])
     check(wide[:, :n, ::2], signs(2, 2 * n).float()[:, ::2], wide[:, 3:, 1::2])
+
+
+@pytest.mark.parametrize(("n", "matrices"), [(3, 2), (5, 2), (8, 1), (8, 4), (13, 2)])
+def test_any_number_of_matrices_to_a_program(n, matrices):
+    w, d, g = torch.randn(5, n, n), signs(5, n).float(), torch.randn(5, n, n)  # the last not full
+    w, d, g = w.to(DEVICE), d.to(DEVICE), g.to(DEVICE)
+    config = cayley.bwd_config(n, torch.float32, BACKEND)
+    q = cayley.cayley_fwd(w, d, cayley.fwd_config(n, torch.float32, BACKEND))
+    dw = cayley.cayley_bwd(g, q, d, w.dtype, replace(config, block_matrices=matrices))
+    p = q.double() + torch.diag_embed(d.double())
+    z = d.double().unsqueeze(-1) * (p.mT @ g.double() @ p.mT)
+    exact = (z - z.mT).triu(1) / 2
+    assert (matrix_norm(dw.double() - exact) <= 4e-7 * matrix_norm(z)).all()
 
 
 def test_batch_dimensions():
