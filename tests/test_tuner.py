@@ -76,7 +76,7 @@ def test_the_model_is_not_changed(file):
     assert [t.row["chain"] for t in found] == [
         "spectral_norm",
         "weight_norm",
-        "tall_exp",
+        "householder",
         "cayley",
     ]
     assert all(not trial.reason for t in found for trial in t.trials)
