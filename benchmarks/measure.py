@@ -306,7 +306,7 @@ def row(timed: Timed, phase: str, name: str, times: dict[str, list[float]]) -> R
         ratios = [a / b for a, b in zip(theirs, mine, strict=False)]
         if len(theirs) != len(mine):
             ratios = [median(theirs) / median(mine)]
-        found["speedup_over_composed"] = round(median(ratios), 2)
+        found["speedup_over_composed"] = float(f"{median(ratios):.4g}")
     return found
 
 

@@ -14,7 +14,6 @@ from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -23,7 +22,7 @@ Row = dict[str, Any]
 
 def _results() -> Iterator[tuple[Path, Row, dict[str, list[Row]]]]:
     """Of every device: its folder, the machine, and the rows of its result files by their names."""
-    for folder in sorted(p for p in RESULTS.iterdir() if p.is_dir()):
+    for folder in sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.is_dir()):
         found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if found:
             machine = next(iter(found.values()))["machine"]
