@@ -41,7 +41,7 @@ def test_the_fastest_is_stored_and_taken(file, monkeypatch):
     ]
     assert found.floor == pytest.approx(0.1)
     assert "→  composed" in str(found)
-    assert "10 % of" in str(found).replace("10%", "10 %")
+    assert "10% of the fastest" in str(found)
     assert list(tables.read(file).values()) == [found.row]
     assert found.row == {
         "device": configs.device_name(layer.weight.device),
@@ -181,7 +181,7 @@ def test_kernels_are_launched_with_what_is_tried(file, monkeypatch):
     layer = cayley().to("cuda" if torch.cuda.is_available() else "cpu")
     with tp.use_path("kernel"):
         (found,) = tp.tune(layer, file=file, clock=measure)
-    assert found.row["path"] in ("kernel", "closed", "composed")
+    assert found.row["path"] == "closed"  # a microsecond, by this clock
     best = min((t for t in found.trials if t.path == "kernel"), key=lambda t: t.microseconds)
     assert best.config == {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 8}}
     assert best.microseconds == pytest.approx(10 + 10 / 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,14 +82,20 @@ def _closed_bwd_of_few(g: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor]:
     return ((z - z.mT).triu_(1),)
 
 
+def _launched(phase: str, x: Tensor, *args: Any) -> Tensor:
+    """What the launcher of a phase returns for `args`, on x's device and with its configuration."""
+    n = x.size(-1)
+    kernels = registry.kernels(kernel_file(n, x.dtype))
+    choice = ("cayley", phase, x, getattr(kernels, f"{phase}_config"))
+    with torch.cuda.device_of(x):
+        config = configs.launch(*choice, n, x.dtype, registry.backend())
+        return getattr(kernels, f"cayley_{phase}")(*args, config)
+
+
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     if registry.path(kernel_declines(w)) == "kernel":
-        kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
         try:
-            with torch.cuda.device_of(w):
-                choice = ("cayley", "fwd", w, kernels.fwd_config)
-                config = configs.launch(*choice, w.size(-1), w.dtype, registry.backend())
-                q = kernels.cayley_fwd(w, d, config)
+            q = _launched("fwd", w, w, d)
             registry.count("kernel")
             return q, (q, d)
         except Exception as error:
@@ -102,12 +109,8 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     if few:
         return _closed_bwd_of_few(g, few[0], d)
     if registry.path(kernel_declines(q)) == "kernel":
-        kernels = registry.kernels(kernel_file(q.size(-1), q.dtype))
         try:
-            with torch.cuda.device_of(q):
-                choice = ("cayley", "bwd", q, kernels.bwd_config)
-                config = configs.launch(*choice, q.size(-1), q.dtype, registry.backend())
-                return (kernels.cayley_bwd(g, q, d, dtype, config),)
+            return (_launched("bwd", q, g, q, d, dtype),)
         except Exception as error:
             registry.fall_back(error, "cayley", q, q.size(-1))
     return _closed_bwd(g, saved, dtype)
