@@ -18,6 +18,11 @@ except ImportError as error:
         f"{error}: install the project first, for example with pip install -e '.[test]'"
     ) from None
 
+from tests.interpreter import patch_once_a_launch
+
+if os.environ.get("TRITON_INTERPRET"):
+    patch_once_a_launch()
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
