@@ -52,6 +52,7 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(help_when_alone)
     demo.callback(invoke_without_command=True)(help_when_alone)
     app.command("info")(info)
+    app.command("doctor")(doctor)
     app.command("tune")(tune)
     app.command("explain")(explain)
     demo.command("rnn")(demo_rnn)
@@ -87,6 +88,22 @@ def info(
         raise typer.BadParameter(str(error)) from None
     except info.Unavailable as error:
         sys.exit(f"tritonparam: {error}")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Check for a minute that all works on this machine; exit with 1 where something does not."""
+    from tritonparam import doctor
+
+    results = []
+    for result in doctor.run(doctor.checks()):
+        results.append(result)
+        if not as_json:
+            print(result, flush=True)
+    print(doctor.as_json(results) if as_json else doctor.summary(results))
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
 
 
 def explain(
