@@ -71,6 +71,7 @@ FLOORS = {
     "info": 5.1,
     "report": 5.4,
     "doctor": 5.4,
+    "bench": 5.5,
     "parametrizations": 5.2,
     "reading": 5.1,
     "samples": 5.2,

@@ -53,23 +53,30 @@ class Reading:
         with torch.random.fork_rng():
             return self.step(self.copy(dtype))
 
-    def errors(self) -> dict[str, float]:
-        """How far the value and the gradient are from fp64, relative to the largest entry.
+    def compared(self, found: Sequence[Tensor]) -> dict[str, float]:
+        """How far a step's value and gradient are from fp64, relative to the largest entry.
 
         NaN where one is not finite; of several gradients the worst.
         """
-        found = [_error(x, y) for x, y in zip(self.result(), self._expected, strict=True)]
-        value, *gradients = found
+        value, *gradients = (_error(x, y) for x, y in zip(found, self._expected, strict=True))
         worst = next((e for e in gradients if e != e), max(gradients, default=0.0))
         return {"value": value, "gradient": worst}
 
+    def errors(self) -> dict[str, float]:
+        """Of a fresh copy."""
+        return self.compared(self.result())
+
     def wrong(self) -> str:
-        """Which of them is further off than rounding explains, or the empty string."""
-        dtype = originals(self._plist)[0].dtype
-        for name, off in self.errors().items():
-            if not off <= tolerance(dtype):
-                return f"its {name} is off by {off:.0e}"
-        return ""
+        """What of a fresh copy is further off than rounding explains, or the empty string."""
+        return too_far(self.errors(), originals(self._plist)[0].dtype)
+
+
+def too_far(errors: dict[str, float], dtype: torch.dtype) -> str:
+    """Which error is more than rounding explains, or the empty string."""
+    for name, off in errors.items():
+        if not off <= tolerance(dtype):
+            return f"its {name} is off by {off:.0e}"
+    return ""
 
 
 def tolerance(dtype: torch.dtype) -> float:
