@@ -52,7 +52,9 @@ def application() -> typer.Typer:
     app.callback(invoke_without_command=True)(help_when_alone)
     demo.callback(invoke_without_command=True)(help_when_alone)
     app.command("info")(info)
+    app.command("doctor")(doctor)
     app.command("tune")(tune)
+    app.command("bench")(bench)
     app.command("explain")(explain)
     demo.command("rnn")(demo_rnn)
     app.add_typer(demo, name="demo")
@@ -87,6 +89,25 @@ def info(
         raise typer.BadParameter(str(error)) from None
     except info.Unavailable as error:
         sys.exit(f"tritonparam: {error}")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Check that everything works here.
+
+    It takes a minute at most, says what is wrong and what to do, and exits with 1 if anything is.
+    """
+    from tritonparam import doctor
+
+    results = []
+    for result in doctor.run(doctor.checks()):
+        results.append(result)
+        if not as_json:
+            print(result, flush=True)
+    print(doctor.as_json(results) if as_json else doctor.summary(results))
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
 
 
 def explain(
@@ -180,6 +201,63 @@ def tune(
         print("\n\n".join(map(str, found)))
     else:
         print("everything was measured before; --again measures it anew")
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
+        ),
+    ] = None,
+    chain: Annotated[
+        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
+    ] = None,
+    n: Annotated[
+        list[int] | None, typer.Option("--n", help="Its size, n of n×n; may be repeated.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Of tall chains and norms, whose columns are n.  [default: 8 n]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="How many matrices.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the originals.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where to time.  [default: cuda where there is one, or cpu]")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Time torch's chain under torch.compile as well.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="How long each weight is timed, about.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Time torch's chains against the fused paths.
+
+    Forward, backward and both, in turn: the median and the 20th to 80th percentile. What differs
+    from fp64 by more than rounding is not timed.
+    """
+    from tritonparam import bench
+
+    found: list[bench.Timing] = []
+    try:
+        for timing in bench.run(
+            model,
+            chains=chain or (),
+            sizes=n or (),
+            rows=rows,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            compiled=compiled,
+            seconds=seconds,
+        ):
+            if not as_json:
+                print(timing if not found else f"\n{timing}", flush=True)
+            found.append(timing)
+    except bench.BadOption as error:
+        raise typer.BadParameter(str(error)) from None
+    if as_json:
+        print(bench.as_json(found))
 
 
 def _track(tasks: Sequence[Any]) -> Iterable[Any]:

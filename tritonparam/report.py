@@ -116,9 +116,7 @@ def tunings(
     Raises:
         BadOption: an option is not what it must be, or does not go with another.
     """
-    number = getattr(torch, dtype, None)
-    if not isinstance(number, torch.dtype) or not number.is_floating_point:
-        raise BadOption(f"--dtype must be float32, bfloat16, float16 or float64, got {dtype!r}.")
+    number = floating(dtype)
     if (target is None) == (not chains):
         raise BadOption("tune takes either a model as module:callable, or --chain and --n.")
     if chains and (not sizes or min(sizes) < 1 or batch < 1):
@@ -146,6 +144,14 @@ def tunings(
     if ship and (file := tables.users_file()):
         tables.store(tables.read(file).values(), tables.SHIPPED)
     return found
+
+
+def floating(dtype: str) -> torch.dtype:
+    """The dtype of that name; raises BadOption where it is not one of the originals'."""
+    number = getattr(torch, dtype, None)
+    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+        raise BadOption(f"--dtype must be float32, bfloat16, float16 or float64, got {dtype!r}.")
+    return number
 
 
 def tunings_as_json(found: Iterable[Tuning]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +10,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, registry, tables
-from tritonparam.declared import table
-from tritonparam.fuse import originals
 from tritonparam.info import compilers, first_line
+from tritonparam.reading import Reading
 from tritonparam.rules import RULES
 
 Clock = Callable[[Callable[[], object]], float]
@@ -133,7 +130,7 @@ def _too_much(used: dict[str, int], target: str) -> str:
     return ""
 
 
-class Weight:
+class Weight(Reading):
     """Forward and backward of copies of a list, on the way that a trial says.
 
     Arguments:
@@ -143,46 +140,29 @@ class Weight:
     """
 
     def __init__(self, plist: ParametrizationList, row: tables.Row, reference: str) -> None:
-        self._plist, self._row, self._g = plist, row, torch.ones(())
-        way = Trial(reference, {})
-        with torch.random.fork_rng():
-            self._g = torch.randn_like(self._result(way, torch.float64)[0])
-        self._expected = self._result(way, torch.float64)
+        super().__init__(plist, reference)
+        self._row = row
 
     @contextmanager
     def _on(self, trial: Trial) -> Iterator[None]:
         row = self._row | {"path": trial.path, "config": trial.config}
-        with registry.use_path(trial.path), configs.trying(row), torch.enable_grad():
+        with registry.use_path(trial.path), configs.trying(row):
             yield
 
-    def _step(self, plist: ParametrizationList) -> list[Tensor]:
-        xs = [x.detach().requires_grad_() for x in originals(plist)]
-        y = registry.evaluate(table(), tuple(plist._modules.values()), *xs)
-        return [y.detach(), *torch.autograd.grad(y, xs, self._g.to(y.dtype).expand_as(y))]
-
-    def _result(self, trial: Trial, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The value and the gradients, of a list that is as the user's is now."""
-        with self._on(trial), torch.random.fork_rng():
-            return self._step(copy.deepcopy(self._plist).to(dtype))
-
     def _wrong(self, trial: Trial) -> str:
-        names = ("value", *["gradient"] * len(self._expected))
-        for name, x, y in zip(names, self._result(trial), self._expected, strict=False):
-            off = float((x.double() - y).abs().max()) / max(float(y.abs().max()), 1.0)
-            if not off <= 1e4 * torch.finfo(x.dtype).eps:
-                return f"its {name} is off by {off:.0e}"
-        return ""
+        with self._on(trial):
+            return self.wrong()
 
     def timed(self, trials: Sequence[Trial], clock: Clock) -> list[Trial]:
         """The trials with their median times, taken in turn; a reason where one is wrong."""
         trials = [t if t.reason else replace(t, reason=self._wrong(t)) for t in trials]
-        own = copy.deepcopy(self._plist)
+        own = self.copy()
         seconds: dict[int, list[float]] = {i: [] for i, t in enumerate(trials) if not t.reason}
         for _ in range(TURNS):
             for i, found in seconds.items():
                 with self._on(trials[i]):
-                    self._step(own)  # what was remembered for the last trial is made again
-                    found.append(median(clock, lambda: self._step(own)))
+                    self.step(own)  # what was remembered for the last trial is made again
+                    found.append(median(clock, lambda: self.step(own)))
         return [
             replace(t, microseconds=1e6 * statistics.median(seconds[i])) if i in seconds else t
             for i, t in enumerate(trials)

@@ -120,7 +120,7 @@ def tune(
         )
     kinds: dict[tables.Key, tuple[registry.Rule, ParametrizationList]] = {}
     for _, _, plist in parametrized_tensors(model):
-        if rule := _rule(plist):
+        if rule := rule_of(plist):
             kinds.setdefault(tables.key(_row(rule, plist)), (rule, plist))
     if not kinds:
         raise ValueError(
@@ -175,7 +175,7 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
     return Tuning(row | {"path": "kernel", "config": {}}, tuple(found))
 
 
-def _rule(plist: ParametrizationList) -> registry.Rule | None:
+def rule_of(plist: ParametrizationList) -> registry.Rule | None:
     """The rule that takes a list's whole chain, whatever was measured before."""
     with configs.trying(None):
         steps = registry.plan(table(), tuple(plist._modules.values()), originals(plist))
