@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tritonparam import configs, registry
 
+Saved = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class TallKernels:
@@ -36,9 +38,43 @@ class TallKernels:
         """The path to take; raises where use_path("kernel") asks for what they cannot do."""
         return registry.path(self.declines(x))
 
-    def run(self, phase: str, function: str, x: Tensor, *args: Any) -> Any:
-        """What a launcher returns for `args`, on x's device; `phase` is "fwd" or "bwd"."""
+    def forward(
+        self, function: str, x: Tensor, base: Tensor | None, *numbers: float
+    ) -> tuple[Tensor, Saved] | None:
+        """A map's value and what is saved, or None where the closed form is to be taken.
+
+        The evaluation is counted. `base` is None for a map without one.
+        """
+        made = self._run("fwd", function, x, x, base, *numbers) if self._runs(x) else None
+        registry.count("kernel" if made else "closed")
+        return (made[0], _saved(x, base, made[1])) if made else None
+
+    def prepare(self, x: Tensor, base: Tensor | None, *numbers: float) -> Saved | None:
+        """What `forward` would save, or None where the closed form is to be taken."""
+        more = self._run("fwd", "prepare", x, x, base, *numbers) if self._runs(x) else None
+        return _saved(x, base, more) if more else None
+
+    def backward(
+        self, function: str, g: Tensor, x: Tensor, base: Tensor | None, more: Saved, *numbers: float
+    ) -> tuple[Tensor] | None:
+        """The gradient of x from what `forward` saved beside x and base, or None, likewise."""
+        dx = self._run("bwd", function, x, g, x, base, more, *numbers)
+        return None if dx is None else (dx,)
+
+    def _runs(self, x: Tensor) -> bool:
+        return self.path(x) == "kernel"
+
+    def _run(self, phase: str, function: str, x: Tensor, *args: Any) -> Any:
+        """What a launcher returns on x's device, or None where Triton cannot compile a kernel."""
         choice = (self.name, phase, x, registry.kernels("tall").config)
         config = configs.launch(*choice, x.size(-1), x.dtype, registry.backend())
-        with torch.cuda.device_of(x):
-            return getattr(registry.kernels(self.file or self.name), function)(*args, config)
+        try:
+            with torch.cuda.device_of(x):
+                return getattr(registry.kernels(self.file or self.name), function)(*args, config)
+        except Exception as error:
+            registry.fall_back(error, self.name, x, x.size(-1))
+            return None
+
+
+def _saved(x: Tensor, base: Tensor | None, more: Saved) -> Saved:
+    return (x, *more) if base is None else (x, base, *more)

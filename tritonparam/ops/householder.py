@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype
 from tritonparam.tall_kernels import TallKernels
@@ -93,20 +92,38 @@ def _again(x: Tensor, n: Tensor, dtype: torch.dtype) -> Factors:
     return *_vectors(x.to(dtype)), n
 
 
-def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(path := _KERNELS.path(x))
-    if path == "kernel":
-        q, saved = _KERNELS.run("fwd", "householder_fwd", x, x, None)
-        return q, (x, *saved)
+def _closed(x: Tensor) -> tuple[Tensor, Saved]:
     factors = _factors(x.to(compute_dtype(x.dtype)))
     y = _small(factors)
     return _value(factors, y), (x, factors[2], y)
 
 
+def _resume_closed(x: Tensor) -> Saved:
+    factors = _factors(x.to(compute_dtype(x.dtype)))
+    return x, factors[2], _small(factors)
+
+
+def _resume_closed_at(x: Tensor, base: Tensor) -> Saved:
+    x, *of_x = _resume_closed(x)
+    return x, base, *of_x, _factors(base.to(compute_dtype(x.dtype)))[2]
+
+
+def _closed_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
+    q, saved = _closed(x)
+    factors = _factors(base.to(q.dtype))
+    return _at(factors, q), (x, base, *saved[1:], factors[2])
+
+
+def _forward(x: Tensor) -> tuple[Tensor, Saved]:
+    return _KERNELS.forward("householder_fwd", x, None) or _closed(x)
+
+
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     if len(saved) == 4:  # by the kernels
         x, *more = saved
-        return (_KERNELS.run("bwd", "householder_bwd", x, g, x, None, tuple(more)),)
+        if dx := _KERNELS.backward("householder_bwd", g, x, None, tuple(more)):
+            return dx
+        saved = _resume_closed(x)
     x, n, y = saved
     return (_adjoint(g, _again(x, n, y.dtype), y),)
 
@@ -118,26 +135,19 @@ def _graph(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _resume(q: Tensor, x: Tensor) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, *_KERNELS.run("fwd", "prepare", x, x, None)
-    factors = _factors(x.to(compute_dtype(x.dtype)))
-    return x, factors[2], _small(factors)
+    return _KERNELS.prepare(x, None) or _resume_closed(x)
 
 
 def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    if _KERNELS.path(x) == "kernel":
-        registry.count("kernel")
-        q, more = _KERNELS.run("fwd", "householder_fwd", x, x, base)
-        return q, (x, base, *more)
-    q, saved = _forward(x)
-    factors = _factors(base.to(q.dtype))
-    return _at(factors, q), (x, base, *saved[1:], factors[2])
+    return _KERNELS.forward("householder_fwd", x, base) or _closed_at(x, base)
 
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     if len(saved) == 7:  # by the kernels
         x, base, *more = saved
-        return (_KERNELS.run("bwd", "householder_bwd", x, g, x, base, tuple(more)),)
+        if dx := _KERNELS.backward("householder_bwd", g, x, base, tuple(more)):
+            return dx
+        saved = _resume_closed_at(x, base)
     x, base, *of_x, n = saved
     return _backward(_at_adjoint(_again(base, n, g.dtype), g), (x, *of_x), dtype)
 
@@ -148,10 +158,7 @@ def _graph_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _resume_at(q: Tensor, x: Tensor, base: Tensor) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base)
-    x, *of_x = _resume(q, x)
-    return x, base, *of_x, _factors(base.to(q.dtype))[2]
+    return _KERNELS.prepare(x, base) or _resume_closed_at(x, base)
 
 
 _householder = FusedMap(

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.numerics import compute_dtype, inv_ex, inverse_definite
 from tritonparam.tall_kernels import TallKernels
@@ -86,20 +85,20 @@ def _rows(x: Tensor) -> Parts:
     return x[..., :k, :].tril(-1), x[..., k:, :]
 
 
-def _resume(q: Tensor, x: Tensor, a: float) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, *_KERNELS.run("fwd", "prepare", x, x, None, a)
-    return x, _inverse(lambda dtype: _rows(x.to(dtype)), x, a)[1]
-
-
-def _forward(x: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(path := _KERNELS.path(x))
-    if path == "kernel":
-        q, saved = _KERNELS.run("fwd", "tall_cayley_fwd", x, x, None, a)
-        return q, (x, *saved)
+def _value(x: Tensor, a: float) -> tuple[Tensor, Saved]:
     (_, p), m = _inverse(lambda dtype: _rows(x.to(dtype)), x, a)
     q = torch.cat([_cosine(m), p @ (2 * a * m)], -2)
     return q.to(compute_dtype(x.dtype)), (x, m)
+
+
+def _forward(x: Tensor, a: float) -> tuple[Tensor, Saved]:
+    return _KERNELS.forward("tall_cayley_fwd", x, None, a) or _value(x, a)
+
+
+def _resume(q: Tensor, x: Tensor, a: float) -> Saved:
+    if saved := _KERNELS.prepare(x, None, a):
+        return saved
+    return x, _inverse(lambda dtype: _rows(x.to(dtype)), x, a)[1]
 
 
 def _rows_adjoint(g: Tensor, x: Tensor, m: Tensor, a: float) -> tuple[Tensor]:
@@ -110,8 +109,10 @@ def _rows_adjoint(g: Tensor, x: Tensor, m: Tensor, a: float) -> tuple[Tensor]:
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, a: float) -> tuple[Tensor]:
     x, m = saved
-    if _KERNELS.path(x) == "kernel":
-        return (_KERNELS.run("bwd", "tall_cayley_bwd", x, g, x, None, (m,), a),)
+    # M is the same on both paths.
+    runs = _KERNELS.path(x) == "kernel"
+    if runs and (dx := _KERNELS.backward("tall_cayley_bwd", g, x, None, (m,), a)):
+        return dx
     return _rows_adjoint(g.to(m.dtype), x.to(m.dtype), m, a)
 
 
@@ -133,21 +134,21 @@ def _inverse_at(x: Tensor, base: Tensor, a: float) -> tuple[Parts, Tensor]:
     return _inverse(lambda dtype: _tangent(x.to(dtype), base.to(dtype)), x, a)
 
 
-def _resume_at(w: Tensor, x: Tensor, base: Tensor, a: float) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base, a)
-    (c, _), m = _inverse_at(x, base, a)
-    return x, base, c, m
-
-
-def _forward_at(x: Tensor, base: Tensor, a: float) -> tuple[Tensor, Saved]:
-    registry.count(path := _KERNELS.path(x))
-    if path == "kernel":
-        w, saved = _KERNELS.run("fwd", "tall_cayley_fwd", x, x, base, a)
-        return w, (x, base, *saved)
+def _value_at(x: Tensor, base: Tensor, a: float) -> tuple[Tensor, Saved]:
     (c, p), m = _inverse_at(x, base, a)
     w = (base.to(m.dtype) @ _cosine(m)).add_(p @ (2 * a * m))
     return w.to(compute_dtype(x.dtype)), (x, base, c, m)
+
+
+def _forward_at(x: Tensor, base: Tensor, a: float) -> tuple[Tensor, Saved]:
+    return _KERNELS.forward("tall_cayley_fwd", x, base, a) or _value_at(x, base, a)
+
+
+def _resume_at(w: Tensor, x: Tensor, base: Tensor, a: float) -> Saved:
+    if saved := _KERNELS.prepare(x, base, a):
+        return saved
+    (c, _), m = _inverse_at(x, base, a)
+    return x, base, c, m
 
 
 def _at_adjoint(g: Tensor, b: Tensor, p: Tensor, m: Tensor, a: float) -> tuple[Tensor]:
@@ -159,8 +160,11 @@ def _at_adjoint(g: Tensor, b: Tensor, p: Tensor, m: Tensor, a: float) -> tuple[T
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype, a: float) -> tuple[Tensor]:
     if len(saved) == 5:  # by the kernels
         x, base, *more = saved
-        return (_KERNELS.run("bwd", "tall_cayley_bwd", x, g, x, base, tuple(more), a),)
-    x, base, c, m = saved
+        if dx := _KERNELS.backward("tall_cayley_bwd", g, x, base, tuple(more), a):
+            return dx
+        (c, _), m = _inverse_at(x, base, a)
+    else:
+        x, base, c, m = saved
     b = base.to(m.dtype)
     return _at_adjoint(g.to(m.dtype), b, x.to(m.dtype) - b @ (2 * c), m, a)
 

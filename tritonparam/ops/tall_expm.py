@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tritonparam import registry
 from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype, identity_like
@@ -61,9 +60,10 @@ def _value(x: Tensor) -> tuple[Tensor, Saved]:
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     if len(saved) == 6:  # by the kernels
-        x, *more = saved
-        assert x is not None
-        return (_KERNELS.run("bwd", "tall_expm_bwd", x, g, x, None, tuple(more)),)
+        of_x, *more = cast(tuple[Tensor, ...], saved)
+        if dx := _KERNELS.backward("tall_expm_bwd", g, of_x, None, tuple(more)):
+            return dx
+        saved = _value(of_x)[1]
     x, bottom, *of_exp = saved
     assert x is not None
     assert bottom is not None
@@ -85,9 +85,10 @@ def _value_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     if len(saved) == 9:  # by the kernels
-        x, base, *more = saved
-        assert x is not None
-        return (_KERNELS.run("bwd", "tall_expm_bwd", x, g, x, base, tuple(more)),)
+        x, at, *more = cast(tuple[Tensor, ...], saved)
+        if dx := _KERNELS.backward("tall_expm_bwd", g, x, at, tuple(more)):
+            return dx
+        saved = _value_at(x, at)[1]
     _, base, p, bottom, *of_exp = saved
     assert base is not None
     assert p is not None
@@ -100,31 +101,19 @@ def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(path := _KERNELS.path(x))
-    if path == "kernel":
-        q, saved = _KERNELS.run("fwd", "tall_expm_fwd", x, x, None)
-        return q, (x, *saved)
-    return _value(x)
+    return _KERNELS.forward("tall_expm_fwd", x, None) or _value(x)
 
 
 def _forward_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    registry.count(path := _KERNELS.path(x))
-    if path == "kernel":
-        w, saved = _KERNELS.run("fwd", "tall_expm_fwd", x, x, base)
-        return w, (x, base, *saved)
-    return _value_at(x, base)
+    return _KERNELS.forward("tall_expm_fwd", x, base) or _value_at(x, base)
 
 
 def _resume(q: Tensor, x: Tensor) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, *_KERNELS.run("fwd", "prepare", x, x, None)
-    return _value(x)[1]
+    return _KERNELS.prepare(x, None) or _value(x)[1]
 
 
 def _resume_at(w: Tensor, x: Tensor, base: Tensor) -> Saved:
-    if _KERNELS.path(x) == "kernel":
-        return x, base, *_KERNELS.run("fwd", "prepare", x, x, base)
-    return _value_at(x, base)[1]
+    return _KERNELS.prepare(x, base) or _value_at(x, base)[1]
 
 
 def _graph(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
