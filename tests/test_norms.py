@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -220,6 +222,38 @@ def test_weight_norm_gradcheck(shape, dim):
     link, g, v = weight_pair(shape, dim)
     assert torch.autograd.gradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
     assert torch.autograd.gradgradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
+
+
+def test_weight_norm_with_hooks_on_saved_tensors(device):
+    link, g, v = weight_pair((5, 4), 0, device=device)
+    before = [x.detach().clone().requires_grad_() for x in (g, v)]
+
+    def gradients(y, xs):
+        dxs = torch.autograd.grad(y.sin().sum(), xs, create_graph=True)
+        return dxs, torch.autograd.grad(sum(dx.sin().sum() for dx in dxs), xs)
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        y = weight_norm(link, g, v)
+    with torch.no_grad():
+        v.mul_(2)  # after which a copy is what was saved
+    (first, _), (want, _) = gradients(y, (g, v)), gradients(composed(link)(*before), before)
+    for a, b in zip(first, want, strict=True):
+        assert_near(a, b)
+
+
+def test_a_graph_of_weight_norm_is_freed_at_once(device):
+    link, g, v = weight_pair((5, 4), 0, device=device)
+    inside = v * 1.0
+    dies = weakref.ref(inside)
+    gc.disable()
+    try:
+        y = weight_norm(link, g, inside)
+        del inside
+        torch.autograd.grad(y.sum(), v, create_graph=True)
+        del y
+        assert dies() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("only", [0, 1])

@@ -98,10 +98,13 @@ class FusedParametrizationList(ParametrizationList):
 
 def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
     """The originals of a list, in the order in which its first link takes them."""
-    if plist.is_tensor:
-        original = plist._parameters.get("original")  # the module's own lookup is slower
-        return (plist.original if original is None else original,)
-    return tuple(getattr(plist, f"original{i}") for i in range(plist.ntensors))
+    known = plist._parameters
+    try:  # the module's own lookup is slower
+        if plist.is_tensor:
+            return (known["original"],)
+        return tuple([known[f"original{i}"] for i in range(plist.ntensors)])
+    except KeyError:
+        return tuple([getattr(plist, name) for name in _original_names(plist)])
 
 
 def _original_names(plist: ParametrizationList) -> list[str]:

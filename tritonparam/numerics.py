@@ -26,6 +26,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def same_device(x: Tensor, y: Tensor) -> bool:
+    """``x.device == y.device``, for less of the host's time on the CPU."""
+    return (x.is_cpu and y.is_cpu) or x.device == y.device
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which products keep the dtype of their operands on x's device."""
     kind = x.device.type

@@ -19,11 +19,15 @@ from tritonparam import configs, failures
 from tritonparam.tables import PATHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (nn.Parameter, Tensor)
 
 NO_RULE = "no rule for this chain"
 _ON_CPU = "the original is on the cpu"  # the device's own string takes longer than the rest
 
 _HAS_TRITON = find_spec("triton") is not None
+# Found once: they are asked at every read.
+transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 _counts = dict.fromkeys(PATHS, 0)
 
@@ -183,15 +187,15 @@ def links_decline(links: Sequence[nn.Module]) -> str:
 
 def _tensors_decline(xs: Sequence[Tensor]) -> str:
     for x in xs:
-        if type(x) is not nn.Parameter and type(x) is not Tensor:
+        if type(x) not in _PLAIN:
             return f"the original is a {type(x).__name__}, a tensor subclass"
         if x.dtype not in DTYPES:
             return f"{str(x.dtype).removeprefix('torch.')} is not a dtype that is fused"
         if x.layout != torch.strided or x.is_meta:
             return "the original has no strided storage"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_active():
         return "a torch.func transform is active"
-    if torch._C._get_tracing_state() is not None:
+    if _tracing() is not None:
         return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"

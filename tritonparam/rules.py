@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
-from tritonparam.numerics import compute_dtype, no_autocast
+from tritonparam.numerics import compute_dtype, no_autocast, same_device
 from tritonparam.ops import (
     cayley,
     expm,
@@ -209,7 +209,7 @@ def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
 
 def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> str:
     dim = cast(Any, links[0]).dim
-    if not -1 <= dim < v.dim() or g.device != v.device or g.dtype != v.dtype:
+    if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
         return "the norms do not fit the directions"
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
 

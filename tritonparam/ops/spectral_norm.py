@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,10 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradient
             return _kernel_bwd([g], [saved], [dim])[0]
         except Exception as error:
             registry.fall_back(error, "spectral_norm", w, w.numel())
+    if g.is_cpu and w.dim() == 2 and dim == 0 and not registry.transforms_active():
+        s = sigma.item() or math.inf  # on the CPU nobody waits for this, and operators cost more
+        dw = g.contiguous() / s
+        return (dw.addr_(u, v, alpha=-_dot(dw, w).item() / s),)
     s = _divisor(sigma)
     dw = g.contiguous() / s
     return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)

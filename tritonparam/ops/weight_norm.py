@@ -15,7 +15,7 @@ from tritonparam.together import GroupedMap
 
 # torch's own loops for the first and the last dimension, in fp32 for fp16 and bf16. Their
 # second derivatives are wrong on the CPU (torch 2.13 fails gradgradcheck), those here are not.
-_torch_forward = torch.ops.aten._weight_norm_interface.default
+_torch_forward = torch._weight_norm_interface
 _torch_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 
@@ -73,6 +73,7 @@ def _fused(v: Tensor, dim: int) -> bool:
 
 
 Call = tuple[Tensor, Tensor, int, bool]
+_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
@@ -183,6 +184,32 @@ def _graph(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bo
     return _Gradients.apply(grad.to(kind), g.to(kind), v.to(kind), norm, dim)
 
 
+def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
+    """The value with the graph of torch's own operator, the least that costs; or None.
+
+    None where it does not take them, or a norm is 0 or NaN. A pass that is itself to be
+    differentiated gets the gradients of ``_graph``, by a hook, which would not see what hooks on
+    saved tensors make of them.
+    """
+    if not (_fused(v, dim) and v.is_contiguous() and g.is_contiguous()) or _saved_hooks(True):
+        return None
+    w, norm = _torch_forward(v, g, dim)
+    if not norm.min().item() > 0:  # on the CPU nobody waits for this
+        return None
+    if w.requires_grad:
+
+        def differentiable(grads: Sequence[Tensor | None], gs: Sequence[Tensor]) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            dg, dv = _graph(gs[0], (g, v, norm), v.dtype, dim, True)
+            ours = cast(dv, v.dtype), cast(dg, v.dtype)
+            return tuple(y if x is not None else None for x, y in zip(grads, ours, strict=True))
+
+        w.grad_fn.register_hook(differentiable)
+    registry.count("closed")
+    return w
+
+
 def _resume(w: Tensor, g: Tensor, v: Tensor, dim: int, rounded: bool) -> Saved:
     norm = _norm(v.to(compute_dtype(v.dtype)), dim)
     return g, v, norm.view(g.shape)
@@ -241,5 +268,11 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    # torch's loops round a half once, but an operator's result has the compute dtype.
-    return _weight_norm(g, v, _dim(link, v), not torch.compiler.is_compiling())
+    dim = _dim(link, v)
+    if torch.compiler.is_compiling():  # an operator's result has the compute dtype
+        return _weight_norm(g, v, dim, False)
+    if v.is_cpu and registry.path(kernel_declines(g, v)) == "closed":
+        w = _torchs(g, v, dim)
+        if w is not None:
+            return w
+    return _weight_norm(g, v, dim, True)  # torch's loops round a half once
