@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from tritonparam.numerics import cast, compute_dtype, without_autocast
 
@@ -15,6 +17,30 @@ Saved = tuple[Tensor, ...]
 Gradients = tuple[Tensor, ...]
 
 _REQUIRES_GRAD, _DTYPE = attrgetter("requires_grad"), attrgetter("dtype")
+
+
+def one_by_one(gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """The same gradients, for a batch of upstream gradients one after another.
+
+    ``torch.autograd.grad(..., is_grads_batched=True)``, and so a vectorized jacobian, hands over
+    all of a batch as one tensor of the shape of each, which neither a kernel nor ``out=`` takes.
+    """
+
+    @wraps(gradients)
+    def each(*args: Any) -> Gradients:
+        batched = [isinstance(x, Tensor) and is_legacy_batchedtensor(x) for x in args]
+        if not any(batched):
+            return gradients(*args)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        pairs = zip(args, batched, strict=True)
+        args = tuple(torch._remove_batch_dim(x, level, 0, 0) if b else x for x, b in pairs)
+        n = len(args[batched.index(True)])
+        calls = ([x[i] if b else x for x, b in zip(args, batched, strict=True)] for i in range(n))
+        stacked = map(torch.stack, zip(*[gradients(*call) for call in calls], strict=True))
+        return tuple(torch._add_batch_dim(x, 0, level) for x in stacked)
+
+    return each
 
 
 class EagerMap:
@@ -49,7 +75,7 @@ class EagerMap:
         n_gradients: int = 1,
         like: int = 0,
     ) -> None:
-        self.forward, self.backward, self.graph = forward, backward, graph
+        self.forward, self.backward, self.graph = forward, one_by_one(backward), graph
         self.n_tensors, self.n_gradients, self.like = n_tensors, n_gradients, like
 
     def __call__(self, *args: Any) -> Tensor:

@@ -3,8 +3,8 @@
 While pytest runs, everything that ``torch.nn.utils.parametrize.register_parametrization``
 registers, called by the tests, by torch's ``orthogonal``, ``spectral_norm`` and ``weight_norm`` or
 by another library, is fused as ``tritonparam.fuse`` does it. A line at the end says how often
-weights were evaluated on each path. PyTorch's own tests, for example, are
-``test/nn/test_parametrization.py`` in its repository.
+weights were evaluated on each path; with ``--require-fused`` the run fails if none was evaluated
+fused. PyTorch's own tests, for example, are ``test/nn/test_parametrization.py`` in its repository.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 
+import pytest
 from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 
@@ -21,6 +22,7 @@ from tritonparam import registry
 from tritonparam.fuse import fuse_list, inject, lists, unfuse_list
 
 _running = ExitStack()
+_of_workers: list[dict[str, int]] = []  # what the processes of pytest-xdist counted
 
 
 @contextmanager
@@ -56,15 +58,44 @@ def fused_registrations() -> Iterator[None]:
         torch_parametrize.register_parametrization = register
 
 
+def _counts() -> dict[str, int]:
+    counts = [registry.stats(), *_of_workers]
+    return {path: sum(count[path] for count in counts) for path in counts[0]}
+
+
+def pytest_addoption(parser: Any) -> None:  # noqa: D103
+    parser.getgroup("tritonparam").addoption(
+        "--require-fused",
+        action="store_true",
+        help="fail if no parametrized weight was evaluated fused",
+    )
+
+
 def pytest_configure() -> None:  # noqa: D103
     _running.enter_context(fused_registrations())
     registry.stats(reset=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: D103
+    _of_workers.append(getattr(node, "workeroutput", {}).get("tritonparam", registry.stats()))
+
+
+def pytest_sessionfinish(session: Any) -> None:  # noqa: D103
+    config, counts = session.config, _counts()
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["tritonparam"] = counts
+    elif config.option.require_fused and counts["kernel"] + counts["closed"] == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure() -> None:  # noqa: D103
     _running.close()
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:  # noqa: D103
-    counts = ", ".join(f"{n} {path}" for path, n in registry.stats().items())
-    terminalreporter.write_line(f"tritonparam: {counts} evaluations of fused weights")
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:  # noqa: D103
+    counts = _counts()
+    line = ", ".join(f"{n} {path}" for path, n in counts.items())
+    terminalreporter.write_line(f"tritonparam: {line} evaluations of fused weights")
+    if config.option.require_fused and counts["kernel"] + counts["closed"] == 0:
+        terminalreporter.write_line("--require-fused: no weight was evaluated fused", red=True)

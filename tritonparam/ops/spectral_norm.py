@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from tritonparam import registry
-from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved
+from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved, one_by_one
 from tritonparam.numerics import cast, compute_dtype, without_autocast
 from tritonparam.together import GroupedMap
 
@@ -105,19 +105,22 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, g: Tensor, w: Tensor, u: Tensor, v: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(g, w, u, v)
         sigma, ctx.dim = rest
-        return _backward(g, (w, u, v, sigma), w.dtype, ctx.dim)[0]
+        return _divide.backward(g, (w, u, v, sigma), w.dtype, ctx.dim)[0]
 
     @staticmethod
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-        # With H the gradient of dW and p = uᵀ H v / σ:
-        # dG = (H - p W)/σ,  dW = -(p/σ) G - (<H, G> - 2 p <G, W>)/σ² u vᵀ. Differentiable.
-        g, w, u, v = ctx.saved_tensors
-        s = _divisor(torch.dot(u, torch.mv(_matrix(w, ctx.dim), v)))
-        p = torch.dot(u, torch.mv(_matrix(h, ctx.dim), v)) / s
-        dg = torch.addcmul(h, w, p, value=-1) / s
-        c = (_dot(h, g) - 2 * p * _dot(g, w)) / s / s
-        dw = _sub_outer(g.contiguous() * (-p / s), u * c, v, ctx.dim)
-        return dg, dw, None, None, None, None
+        return *_second(h, *ctx.saved_tensors, ctx.dim), None, None, None, None
+
+
+@one_by_one
+def _second(h: Tensor, g: Tensor, w: Tensor, u: Tensor, v: Tensor, dim: int) -> Gradients:
+    # With H the gradient of dW and p = uᵀ H v / σ:
+    # dG = (H - p W)/σ,  dW = -(p/σ) G - (<H, G> - 2 p <G, W>)/σ² u vᵀ. Differentiable.
+    s = _divisor(torch.dot(u, torch.mv(_matrix(w, dim), v)))
+    p = torch.dot(u, torch.mv(_matrix(h, dim), v)) / s
+    dg = torch.addcmul(h, w, p, value=-1) / s
+    c = (_dot(h, g) - 2 * p * _dot(g, w)) / s / s
+    return dg, _sub_outer(g.contiguous() * (-p / s), u * c, v, dim)
 
 
 def _graph(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:

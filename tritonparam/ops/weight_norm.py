@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonparam import registry
-from tritonparam.autograd import FusedMap, Gradients, Saved
+from tritonparam.autograd import FusedMap, Gradients, Saved, one_by_one
 from tritonparam.numerics import cast, compute_dtype
 from tritonparam.together import GroupedMap
 
@@ -153,29 +153,32 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, g: Tensor, v: Tensor, *rest: Any) -> Gradients:
         norm, ctx.dim = rest
-        dg, dv = _backward(grad, (g, v, norm), v.dtype, ctx.dim, True)
+        dg, dv = _weight_norm.backward(grad, (g, v, norm), v.dtype, ctx.dim, True)
         ctx.save_for_backward(grad, g, v, norm, dg)
         return dg, dv
 
     @staticmethod
     def backward(ctx: Any, q: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
-        # With q, H the gradients of dg, dv; a = <G, v>/‖v‖, b = <H, v>/‖v‖, c = <H, G>, s = g/‖v‖:
-        # dG = s H + (q - s b) v/‖v‖,  dg = (c - a b)/‖v‖,
-        # dv = ((q - s b) G - s a H + (3 s a b - s c - q a) v/‖v‖)/‖v‖. Differentiable.
-        *gv, norm, a = ctx.saved_tensors
-        norm = _norm(gv[2], ctx.dim) if torch.is_grad_enabled() else norm.view(1, -1, 1)
-        grad, x, h = (_slices(t, ctx.dim) for t in (gv[0], gv[2], h))
-        g, q, a = (t.reshape(norm.shape) for t in (gv[1], q, a))
-        b, c, s = _sums(h, x) / norm, _sums(h, grad), g / norm
-        p = q - s * b
-        d_grad = torch.addcmul(h * s, x, p / norm)
-        dg = (c - a * b) / norm
-        dv = grad * (p / norm)
-        dv = dv.addcmul_(h, s * a / norm, value=-1)
-        dv = dv.addcmul_(x, (s * (3 * a * b - c) - q * a) / norm / norm)
-        shapes = [t.shape for t in gv]
-        grads = [t.reshape(shape) for t, shape in zip((d_grad, dg, dv), shapes, strict=True)]
-        return (*grads, None, None)
+        return *_second(q, h, *ctx.saved_tensors, ctx.dim), None, None
+
+
+@one_by_one
+def _second(q: Tensor, h: Tensor, *rest: Any) -> Gradients:
+    # With q, H the gradients of dg, dv; a = <G, v>/‖v‖, b = <H, v>/‖v‖, c = <H, G>, s = g/‖v‖:
+    # dG = s H + (q - s b) v/‖v‖,  dg = (c - a b)/‖v‖,
+    # dv = ((q - s b) G - s a H + (3 s a b - s c - q a) v/‖v‖)/‖v‖. Differentiable.
+    *gv, norm, a, dim = rest
+    norm = _norm(gv[2], dim) if torch.is_grad_enabled() else norm.view(1, -1, 1)
+    grad, x, h = (_slices(t, dim) for t in (gv[0], gv[2], h))
+    g, q, a = (t.reshape(norm.shape) for t in (gv[1], q, a))
+    b, c, s = _sums(h, x) / norm, _sums(h, grad), g / norm
+    p = q - s * b
+    d_grad = torch.addcmul(h * s, x, p / norm)
+    dg = (c - a * b) / norm
+    dv = grad * (p / norm)
+    dv = dv.addcmul_(h, s * a / norm, value=-1)
+    dv = dv.addcmul_(x, (s * (3 * a * b - c) - q * a) / norm / norm)
+    return tuple(t.reshape(y.shape) for t, y in zip((d_grad, dg, dv), gv, strict=True))
 
 
 def _graph(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bool) -> Gradients:
