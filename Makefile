@@ -5,7 +5,7 @@ VENV ?= .venv
 GPU_PYTHON ?= python3
 BUDGET ?= 480
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo test lint bench gpu clean
 
@@ -50,5 +50,5 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.ready
-	$(PIP) --editable ".[dev]"
+	$(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
@@ -17,23 +18,36 @@ from tritonparam.kernels.gemm import FORMS
 KINDS = ("skew", "symmetric")
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def rows(request, tmp_path_factory):
-    """The rows of ``tritonparam info --kernels --json`` for one target."""
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The rows of ``tritonparam info --kernels --json`` for every target, one command for a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    found = folder / "kernels.json"
+    with FileLock(folder / "kernels.lock"):
+        if not found.exists():
+            found.write_text(_compiled(folder / "triton"))
+    content = json.loads(found.read_text())
+    assert list(content) == ["kernels"]
+    assert {row["target"] for row in content["kernels"]} == set(TARGETS)
+    return content["kernels"]
+
+
+def _compiled(cache) -> str:
     command = [sys.executable, "-m", "tritonparam", "info", "--kernels", "--json"]
-    cache = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    run = subprocess.run(
-        [*command, "--target", request.param],
-        env=os.environ | cache,
-        capture_output=True,
-        text=True,
-    )
+    for target in TARGETS:
+        command += ["--target", target]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "compiling" in run.stderr
-    content = json.loads(run.stdout)
-    assert list(content) == ["kernels"]
-    assert {row["target"] for row in content["kernels"]} == {request.param}
-    return content["kernels"]
+    return run.stdout
+
+
+@pytest.fixture(params=TARGETS)
+def rows(request, compiled):
+    return [row for row in compiled if row["target"] == request.param]
 
 
 def test_every_configuration_is_compiled(rows):
