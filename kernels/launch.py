@@ -44,6 +44,14 @@ def packing(n: int, block: int, matrices: int) -> dict[str, int]:
     return {"SLOT": side, "TILES": matrices * side // block}
 
 
+def _as_in_key(x: Any) -> Any:
+    if x is None or type(x) is int:
+        return x
+    if type(x) is tuple:
+        return x if x and type(x[0]) is int else tuple([(y.dtype, y.data_ptr() % 16) for y in x])
+    return x.dtype, x.data_ptr() % 16
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """``kernel[grid](*args, **options)``, for less of the host's time where it was done before.
 
@@ -55,7 +63,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Arguments:
         kernel: the function under ``triton.jit``; its constants come after its arguments.
         grid: one to three integers.
-        args: tensors, integers and None.
+        args: tensors, integers and None; tuples of tensors, or of integers.
         options: the constants, and what the compiler takes.
     """
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
@@ -70,7 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         runtime.debug,
         compilation.instrumentation_mode,
         getattr(compilation, "fpsan_homomorphic_casts", None),
-        *[x if x is None or type(x) is int else (x.dtype, x.data_ptr() % 16) for x in args],
+        *map(_as_in_key, args),
         *options.items(),
     )
     known = _compiled.get(key)

@@ -1,163 +1,57 @@
-"""Spectral norm of many tensors and its gradient: one read of W for each power iteration.
+"""Spectral norm of many tensors and its gradient.
 
-A program that holds row i of W on chip for t_i = W_i v adds t_i W_i to its part of W^T t at once.
-The parts of all programs are added up by a second small kernel, not by whichever program happens
-to arrive last: that needs no counters to clear, spreads the sum over the device, and runs in
-Triton's interpreter. Sums are in a fixed order throughout.
+Three launches where it iterates once, since sigma needs a sum over all programs before any of them
+can divide by it: the parts of W^T t, their sum, the division. Two are not enough for a fixed order
+of summation without a barrier across the grid. A program that divides would have to add up the
+parts itself, which are as large as W for every 64 of its rows or fewer; and of sigma^2, the sum of
+<p, p'> over all pairs of parts, the kernel that makes the parts knows those with p = p' only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
-from tritonparam.kernels.slices import (
-    Blocks,
+from tritonparam.kernels.grouped import (
+    PLANS,
     Config,
-    Member,
+    Launch,
+    Shape,
+    aligned,
     blocks,
     default_config,
     dots,
+    dots_row,
     launch,
-    locate,
     member,
     parts,
-    pick,
-    quotient,
-    share,
+    plan,
+    shapes_of,
     shipped_row,
     shipped_shapes,
-    square_root,
-    sum_all,
-    sum_parts,
-    tile,
+    typical_shapes,
+    vectors,
 )
-
-_BLOCK_Q = 64  # columns of W^T t for one program of the second kernel
-
-
-@triton.jit
-def _clamped_root(square, EPS: tl.constexpr, ACC: tl.constexpr):
-    """max(sqrt(square), EPS), NaN where it is NaN."""
-    norm = square_root(square)
-    eps = tl.full([], EPS, ACC)
-    return tl.where(norm < eps, eps, norm)
-
-
-@triton.jit
-def _scratch(scratch_ptr, n_rows, n_cols, n_parts, BLOCK_Q: tl.constexpr):
-    """Where a tensor's t, q, parts of <q, q>, parts of <t, t> and parts of W^T t are."""
-    q_ptr = scratch_ptr + n_rows
-    q_parts_ptr = q_ptr + n_cols
-    t_parts_ptr = q_parts_ptr + (n_cols + BLOCK_Q - 1) // BLOCK_Q
-    return scratch_ptr, q_ptr, q_parts_ptr, t_parts_ptr, t_parts_ptr + n_parts
-
-
-@triton.jit
-def _power_kernel(
-    w_ptrs,
-    u_ptrs,
-    v_ptrs,
-    scratch_ptr,
-    sizes,
-    LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    FIRST: tl.constexpr,
-    TRAINING: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """t = W v, and the program's parts of <t, t> and W^T t; if not training its part of <u, t>.
-
-    A program takes `span` rows. v is the buffer in the first iteration, then q/max(||q||, eps).
-    Where a row does not fit on chip, the program reads its one block of rows twice.
-    """
-    which, place, n_rows, n_cols, after, span, scratch, _ = locate(sizes, LAYOUT, UNIT)
-    w_ptr, u_ptr, v_ptr = pick((w_ptrs, u_ptrs, v_ptrs), which)
-    n_parts = (n_rows + span - 1) // span
-    t_ptr, q_ptr, q_parts_ptr, t_parts_ptr, parts_ptr = _scratch(
-        scratch_ptr + scratch, n_rows, n_cols, n_parts, BLOCK_Q
-    )
-    parts_ptr += place.to(tl.int64) * n_cols
-    norm = tl.full([], 1.0, ACC)
-    if not FIRST:
-        norm = _clamped_root(sum_all(q_parts_ptr, (n_cols + BLOCK_Q - 1) // BLOCK_Q, 64), EPS, ACC)
-    row0 = place * span
-    rows = tl.arange(0, BLOCK_ROWS)
-    cols = tl.arange(0, BLOCK_COLS)
-    acc = tl.zeros([BLOCK_ROWS], ACC)
-    if WHOLE:
-        v = tl.load((v_ptr if FIRST else q_ptr) + cols, mask=cols < n_cols, other=0.0).to(ACC)
-        if not FIRST:
-            v = quotient(v, norm)
-        v = v[None, :]
-        q = tl.zeros([BLOCK_COLS], ACC)
-        for row1 in range(row0, tl.minimum(row0 + span, n_rows), BLOCK_ROWS):
-            row = row1 + rows
-            offset, mask = tile(row, cols, n_rows, n_cols, after, LAYOUT)
-            w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)  # [BLOCK_ROWS, BLOCK_COLS]
-            t = tl.sum(w * v, axis=1)
-            if TRAINING:
-                tl.store(t_ptr + row, t, mask=row < n_rows)
-                q += tl.sum(w * t[:, None], axis=0)
-                acc += t * t
-            else:
-                acc += t * tl.load(u_ptr + row, mask=row < n_rows, other=0.0).to(ACC)
-        if TRAINING:
-            tl.store(parts_ptr + cols, q, mask=cols < n_cols)
-    else:
-        row = row0 + rows
-        products = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACC)
-        for col0 in range(0, n_cols, BLOCK_COLS):
-            c = col0 + cols
-            v = tl.load((v_ptr if FIRST else q_ptr) + c, mask=c < n_cols, other=0.0).to(ACC)
-            offset, mask = tile(row, c, n_rows, n_cols, after, LAYOUT)
-            products += tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC) * v[None, :]
-        t = quotient(tl.sum(products, axis=1), norm)
-        if TRAINING:
-            tl.store(t_ptr + row, t, mask=row < n_rows)
-            acc = t * t
-            for col0 in range(0, n_cols, BLOCK_COLS):
-                offset, mask = tile(row, col0 + cols, n_rows, n_cols, after, LAYOUT)
-                w = tl.load(w_ptr + offset, mask=mask, other=0.0).to(ACC)
-                q = tl.sum(w * t[:, None], axis=0)
-                tl.store(parts_ptr + col0 + cols, q, mask=col0 + cols < n_cols)
-        else:
-            acc = t * tl.load(u_ptr + row, mask=row < n_rows, other=0.0).to(ACC)
-    tl.store(t_parts_ptr + place, tl.sum(acc, axis=0))
-
-
-@triton.jit
-def _power_sum_kernel(
-    scratch_ptr,
-    sizes,
-    LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """q = W^T u with u = t/max(||t||, eps), from the parts of W^T t; and its part of <q, q>."""
-    _, place, n_rows, n_cols, _, _, scratch, n_parts = locate(sizes, LAYOUT, UNIT)
-    _, q_ptr, q_parts_ptr, t_parts_ptr, parts_ptr = _scratch(
-        scratch_ptr + scratch, n_rows, n_cols, n_parts, BLOCK_COLS
-    )
-    norm = _clamped_root(sum_all(t_parts_ptr, n_parts, 64), EPS, ACC)
-    col = place * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    q = sum_parts(parts_ptr, n_parts, n_cols, col, col < n_cols, BLOCK_ROWS)
-    q = quotient(q, norm)
-    tl.store(q_ptr + col, q, mask=col < n_cols)
-    tl.store(q_parts_ptr + place, tl.sum(q * q, axis=0))
+from tritonparam.kernels.grouped import candidates as candidates
+from tritonparam.kernels.grouped import default_of_size as default_of_size
+from tritonparam.kernels.launch import TRITON_DTYPE
+from tritonparam.kernels.power_iteration import (
+    BLOCK_Q,
+    SUM,
+    VECTORS,
+    clamped_root,
+    places,
+    power_blocks,
+    power_iteration,
+    power_kernel,
+    power_sum_kernel,
+    vectors_kernel,
+)
+from tritonparam.kernels.slices import pick, quotient, share, sum_all, tile
 
 
 @triton.jit
@@ -188,14 +82,14 @@ def _spectral_norm_fwd_kernel(
     )
     w_ptr, u_ptr, v_ptr = pick((w_ptrs, u_ptrs, v_ptrs), which)
     y_ptr, saved_ptr = pick((y_ptrs, saved_ptrs), which)
-    t_ptr, q_ptr, q_parts_ptr, t_parts_ptr, _ = _scratch(
+    t_ptr, q_ptr, q_parts_ptr, t_parts_ptr, _ = places(
         scratch_ptr + scratch, n_rows, n_cols, n_sums, BLOCK_Q
     )
     v_copy_ptr = saved_ptr + (n_rows + 15) // 16 * 16
     v_norm = tl.full([], 1.0, ACC)
     if TRAINING:
         square = sum_all(q_parts_ptr, (n_cols + BLOCK_Q - 1) // BLOCK_Q, 64)
-        v_norm = _clamped_root(square, EPS, ACC)
+        v_norm = clamped_root(square, EPS, ACC)
         sigma = quotient(square, v_norm)
     else:
         sigma = sum_all(t_parts_ptr, n_sums, 64)
@@ -204,7 +98,7 @@ def _spectral_norm_fwd_kernel(
     if part == 0:
         if TRAINING:
             u = tl.load(t_ptr + row, mask=row < n_rows, other=0.0)
-            u = quotient(u, _clamped_root(sum_all(t_parts_ptr, n_sums, 64), EPS, ACC))
+            u = quotient(u, clamped_root(sum_all(t_parts_ptr, n_sums, 64), EPS, ACC))
             tl.store(u_ptr + row, u.to(u_ptr.dtype.element_ty), mask=row < n_rows)
         else:
             u = tl.load(u_ptr + row, mask=row < n_rows, other=0.0).to(ACC)
@@ -280,38 +174,15 @@ def spectral_norm_fwd(
     in the compute dtype.
     """
     ws = [w.contiguous() for w in ws]
-    compute = compute_dtype(ws[0].dtype)
     ys = [torch.empty(w.shape, dtype=dtype, device=w.device) for w in ws]
-    saved = [
-        torch.empty(_up(w.size(1)) + _up(v.numel()) + 1, dtype=compute, device=w.device)
-        for w, v in zip(ws, vs, strict=True)
-    ]
-    power, total, forward = [], [], []
-    size = 0
-    for i, w in enumerate(ws):
-        m = _power_member(i, (w, us[i], vs[i]), config, size)
-        n_tiles = triton.cdiv(m.n_cols, _BLOCK_Q)
-        power.append(m)
-        total.append(replace(m, blocks=_SUM, programs=n_tiles, count=m.programs))
-        tensors = (w, us[i], vs[i], ys[i], saved[i])
-        forward.append(member(i, tensors, config, scratch=size, count=m.programs))
-        size += m.n_rows + m.n_cols + n_tiles + m.programs * (1 + (m.n_cols if steps else 0))
-    scratch = torch.empty(size, dtype=compute, device=ws[0].device)
-    options = {"EPS": eps, "ACC": TRITON_DTYPE[compute]}
-    for step in range(max(steps, 1)):
-        phase = options | {"FIRST": step == 0, "TRAINING": steps > 0, "BLOCK_Q": _BLOCK_Q}
-        launch(_power_kernel, power, (ws, us, vs), (scratch,), config, **phase)
-        if steps:
-            launch(_power_sum_kernel, total, (), (scratch,), config, **options)
-    options |= {"TRAINING": steps > 0, "BLOCK_Q": _BLOCK_Q}
-    lists = (ws, us, vs, ys, saved)
-    launch(_spectral_norm_fwd_kernel, forward, lists, (scratch,), config, **options)
-    results = []
-    for y, v, buffer in zip(ys, vs, saved, strict=True):
-        n = y.size(1)
-        copy = buffer[_up(n) : _up(n) + v.numel()]
-        results.append((y, buffer[:n], copy, buffer[-1]))
-    return results
+    sizes = [n for w, v in zip(ws, vs, strict=True) for n in (w.size(1), v.numel(), 1)]
+    saved = vectors(sizes, ws[0])
+    planned, scratch, options = power_iteration(ws, us, vs, steps, eps, config)
+    lists = (ws, us, vs, ys, saved[::3])
+    options["TRAINING"] = steps > 0
+    launch(_spectral_norm_fwd_kernel, planned.divide, lists, scratch, **options)
+    sigmas = [sigma.view(()) for sigma in saved[2::3]]
+    return list(zip(ys, saved[::3], saved[1::3], sigmas, strict=True))
 
 
 def spectral_norm_bwd(
@@ -329,21 +200,11 @@ def spectral_norm_bwd(
     gs = [g.contiguous() for g in gs]
     ws = [w.contiguous() for w in ws]
     dws = [torch.empty_like(w) for w in ws]
-    flat_g, flat_w = ([x.view(1, 1, -1) for x in xs] for xs in (gs, ws))
-    dot, backward = [], []
-    size = 0
-    for i in range(len(ws)):
-        m = member(i, (flat_g[i], flat_w[i]), config, scratch=size)
-        dot.append(m)
-        tensors = (gs[i], us[i], vs[i], sigmas[i], dws[i])
-        backward.append(member(i, tensors, config, scratch=size, count=parts(m)))
-        size += parts(m)
-    compute = compute_dtype(ws[0].dtype)
-    sums = torch.empty(size, dtype=compute, device=ws[0].device)
-    dots(flat_g, flat_w, dot, sums, config)
+    flat_planned, planned, size = _plan_bwd(shapes_of(ws), aligned(gs, ws, us, vs, sigmas), config)
+    sums = torch.empty(size, dtype=sigmas[0].dtype, device=ws[0].device)
+    dots(gs, ws, flat_planned, sums)
     lists = (gs, us, vs, sigmas, dws)
-    options = {"ACC": TRITON_DTYPE[compute]}
-    launch(_spectral_norm_bwd_kernel, backward, lists, (sums,), config, **options)
+    launch(_spectral_norm_bwd_kernel, planned, lists, sums, ACC=TRITON_DTYPE[sums.dtype])
     return dws
 
 
@@ -352,66 +213,79 @@ def n_launches(steps: int) -> tuple[int, int]:
     return max(2 * steps, 1) + 1, 2
 
 
-_SUM = Blocks("rows", 1, 32, _BLOCK_Q, 4, False)
+@lru_cache(PLANS)
+def _plan_bwd(
+    shapes: tuple[Shape, ...], whether_aligned: tuple[bool, ...], config: Config
+) -> tuple[tuple[Launch, ...], tuple[Launch, ...], int]:
+    """The launches of <G, W>, each tensor one row, those of dW, and how many sums there are."""
+    dot, backward = [], []
+    size = 0
+    for i, (before, n, after) in enumerate(shapes):
+        row = (1, 1, before * n * after)
+        m = member(i, row, config, scratch=size, aligned=whether_aligned[i])
+        dot.append(m)
+        m = member(i, shapes[i], config, scratch=size, count=parts(m), aligned=whether_aligned[i])
+        backward.append(m)
+        size += m.count
+    return plan(dot, config), plan(backward, config), size
 
 
-def _up(n: int) -> int:
-    return triton.cdiv(n, 16) * 16
+def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches for tensors of n numbers, in every layout, compiled ahead of time.
+
+    Of the forward a first iteration in training, and the rest.
+    """
+    rows = [dots_row(blocks((1, 1, n), config, whole=False), dtype, 1)] if phase == "bwd" else []
+    for shape in typical_shapes(n):
+        rows += _rows(shape, dtype, 1, config)[phase]
+    return rows
 
 
-def _power_blocks(block: Blocks, config: Config) -> Blocks:
-    """A single row is held whole or not at all."""
-    if block.whole or block.rows > 1:
-        return block
-    return replace(block, rows=8, cols=config.elements // 8)
+_LISTS = "w_ptrs u_ptrs v_ptrs"
+_LISTS_FWD = f"{_LISTS} y_ptrs saved_ptrs*"
+_LISTS_BWD = "g_ptrs u_ptrs* v_ptrs* sigma_ptrs* dw_ptrs"
+_EPS = {"EPS": 1e-12}
+_TRAIN = _EPS | {"TRAINING": True, "BLOCK_Q": BLOCK_Q}
+_EVAL = _EPS | {"TRAINING": False, "BLOCK_Q": BLOCK_Q}
 
 
-def _power_member(index: int, xs: Sequence[torch.Tensor], config: Config, scratch: int) -> Member:
-    """Rows that are whole are shared out over half of the programs, at least four to each: more
-    programs leave more parts to add up."""
-    m = member(index, xs, config, whole=True, scratch=scratch)
-    m = replace(m, blocks=_power_blocks(m.blocks, config))
-    rows = m.blocks.rows
-    if m.blocks.whole:
-        wanted = max(triton.cdiv(m.n_rows, config.max_programs // 2), 4)
-        rows = triton.cdiv(wanted, rows) * rows
-    return replace(m, span=rows, programs=triton.cdiv(m.n_rows, rows))
+def _rows(shape: Shape, dtype: torch.dtype, length: int, config: Config) -> dict[str, list]:
+    """The launches of both phases for a shape."""
+    power = (power_kernel, "spectral_norm_power", power_blocks(shape, config))
+    block = blocks(shape, config, whole=False)
+    fwd = (_spectral_norm_fwd_kernel, "spectral_norm_fwd", block)
+    bwd = (_spectral_norm_bwd_kernel, "spectral_norm_bwd", block)
+    scratch, first = "scratch_ptr", _TRAIN | {"FIRST": True}
+    return {
+        "fwd": [
+            shipped_row(*power, dtype, length, _LISTS, scratch, **first),
+            shipped_row(*fwd, dtype, length, _LISTS_FWD, scratch, **_TRAIN),
+        ],
+        "bwd": [shipped_row(*bwd, dtype, length, _LISTS_BWD, "sums_ptr")],
+    }
 
 
 def shipped(backend: str) -> list[tuple]:
     """What compiles ahead of time: training in every tile, the other phases in some."""
-    rows: dict[str, tuple] = {}
-
-    def add(kernel, name, block, dtype, length, lists, flat, **options):
-        row = shipped_row(kernel, name, block, dtype, length, lists, flat, **options)
-        rows.setdefault(row[0], row)
-
-    lists = "w_ptrs u_ptrs v_ptrs"
-    lists_fwd = f"{lists} y_ptrs saved_ptrs*"
-    lists_bwd = "g_ptrs u_ptrs* v_ptrs* sigma_ptrs* dw_ptrs"
-    eps = {"EPS": 1e-12}
-    train = eps | {"TRAINING": True, "BLOCK_Q": _BLOCK_Q}
-    test = eps | {"TRAINING": False, "BLOCK_Q": _BLOCK_Q}
-    power = (_power_kernel, "spectral_norm_power")
-    forward = (_spectral_norm_fwd_kernel, "spectral_norm_fwd")
-    backward = (_spectral_norm_bwd_kernel, "spectral_norm_bwd")
+    found: list[tuple] = []
     for dtype, shape, length in shipped_shapes():
-        config = default_config(dtype)
-        block = blocks(shape, config, whole=False)
-        row_block = _power_blocks(blocks(shape, config, whole=True), config)
-        add(*power, row_block, dtype, length, lists, "scratch_ptr", FIRST=True, **train)
-        add(*forward, block, dtype, length, lists_fwd, "scratch_ptr", **train)
-        add(*backward, block, dtype, length, lists_bwd, "sums_ptr")
+        rows = _rows(shape, dtype, length, default_config(dtype))
+        found += rows["fwd"] + rows["bwd"]
+    scratch, again = "scratch_ptr", _TRAIN | {"FIRST": False}
     for dtype in (torch.float32, torch.float64):
         config = default_config(dtype)
-        total = (_power_sum_kernel, "spectral_norm_sum")
-        add(*total, _SUM, dtype, 1, "", "scratch_ptr", **eps)
         block = blocks((1, 64, 32768), config, whole=False)
-        again = (_power_kernel, "spectral_norm_power_again")
-        for row_block in (block, blocks((1, 64, 4096), config, whole=True)):
-            add(*again, row_block, dtype, 1, lists, "scratch_ptr", FIRST=False, **train)
-        power = (_power_kernel, "spectral_norm_power_eval")
-        add(*power, block, dtype, 1, lists, "scratch_ptr", FIRST=True, **test)
-        forward = (_spectral_norm_fwd_kernel, "spectral_norm_fwd_eval")
-        add(*forward, block, dtype, 1, lists_fwd, "scratch_ptr", **test)
-    return list(rows.values())
+        whole = blocks((1, 64, 4096), config, whole=True)
+        total = (power_sum_kernel, "spectral_norm_sum", SUM)
+        kept = (vectors_kernel, "spectral_norm_vectors", VECTORS)
+        found.append(shipped_row(*total, dtype, 1, "", scratch, **_EPS))
+        options = _EPS | {"BLOCK_Q": BLOCK_Q}
+        found.append(shipped_row(*kept, dtype, 1, "u_ptrs v_ptrs", scratch, **options))
+        for tile_again in (block, whole):
+            power = (power_kernel, "spectral_norm_power_again", tile_again)
+            found.append(shipped_row(*power, dtype, 1, _LISTS, scratch, **again))
+        power = (power_kernel, "spectral_norm_power_eval", block)
+        found.append(shipped_row(*power, dtype, 1, _LISTS, scratch, FIRST=True, **_EVAL))
+        fwd = (_spectral_norm_fwd_kernel, "spectral_norm_fwd_eval", block)
+        found.append(shipped_row(*fwd, dtype, 1, _LISTS_FWD, scratch, **_EVAL))
+    return list({row[0]: row for row in found}.values())

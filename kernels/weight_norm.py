@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype
-from tritonparam.kernels.slices import (
+from tritonparam.kernels.grouped import (
+    PLANS,
+    Blocks,
     Config,
+    Launch,
+    Shape,
+    aligned,
     blocks,
     default_config,
     dots,
@@ -18,11 +23,20 @@ from tritonparam.kernels.slices import (
     launch,
     member,
     parts,
+    plan,
+    shapes_of,
+    shipped_row,
+    shipped_shapes,
+    typical_shapes,
+    vectors,
+)
+from tritonparam.kernels.grouped import candidates as candidates
+from tritonparam.kernels.grouped import default_of_size as default_of_size
+from tritonparam.kernels.launch import TRITON_DTYPE
+from tritonparam.kernels.slices import (
     pick,
     quotient,
     share,
-    shipped_row,
-    shipped_shapes,
     square_root,
     sum_parts,
     tile,
@@ -144,13 +158,13 @@ def weight_norm_fwd(
     """
     vs = [v.contiguous() for v in vs]
     gs = [g.contiguous() for g in gs]
-    compute = compute_dtype(vs[0].dtype)
     ws = [torch.empty(v.shape, dtype=dtype, device=v.device) for v in vs]
-    norms = [torch.empty(v.size(1), dtype=compute, device=v.device) for v in vs]
-    members, sums = _sums(vs, vs, (gs, ws, norms), compute, config)
+    norms = vectors([v.size(1) for v in vs], vs[0])
+    planned, long, size = _plan(shapes_of(vs), aligned(gs, vs), config)
+    sums = torch.empty(size, dtype=norms[0].dtype, device=vs[0].device)
+    dots(vs, vs, long, sums)
     lists = (gs, vs, ws, norms)
-    options = {"ACC": TRITON_DTYPE[compute]}
-    launch(_weight_norm_fwd_kernel, members, lists, (sums,), config, **options)
+    launch(_weight_norm_fwd_kernel, planned, lists, sums, ACC=TRITON_DTYPE[sums.dtype])
     return list(zip(ws, norms, strict=True))
 
 
@@ -170,50 +184,58 @@ def weight_norm_bwd(
     gs = [g.contiguous() for g in gs]
     dgs = [torch.empty(v.size(1), dtype=v.dtype, device=v.device) for v in vs]
     dvs = [torch.empty_like(v) for v in vs]
+    planned, long, size = _plan(shapes_of(vs), aligned(dws, gs, vs, norms), config)
+    sums = torch.empty(size, dtype=norms[0].dtype, device=vs[0].device)
+    dots(dws, vs, long, sums)
     lists = (dws, gs, vs, norms, dgs, dvs)
-    members, sums = _sums(dws, vs, lists, norms[0].dtype, config)
-    options = {"ACC": TRITON_DTYPE[norms[0].dtype]}
-    launch(_weight_norm_bwd_kernel, members, lists, (sums,), config, **options)
+    launch(_weight_norm_bwd_kernel, planned, lists, sums, ACC=TRITON_DTYPE[sums.dtype])
     return list(zip(dgs, dvs, strict=True))
 
 
-def n_launches(shape: Sequence[int], config: Config) -> tuple[int, int]:
-    """Of `weight_norm_fwd` and `weight_norm_bwd` for one tensor [before, n, after]."""
-    n = 1 if blocks(shape, config, whole=True).whole else 2
-    return n, n
+def n_launches(shape: Shape, config: Config) -> int:
+    """Of `weight_norm_fwd`, and of `weight_norm_bwd`, for one tensor [before, n, after]."""
+    return 1 if blocks(shape, config, whole=True).whole else 2
 
 
-def _sums(
-    xs: Sequence[torch.Tensor],
-    ys: Sequence[torch.Tensor],
-    others: Sequence[Sequence[torch.Tensor]],
-    compute: torch.dtype,
-    config: Config,
-) -> tuple[list, torch.Tensor]:
-    """The members of a launch, and the partial sums of x y of those whose rows are long."""
-    members = []
-    size = 0
-    for i, x in enumerate(xs):
-        tensors = (x, ys[i], *[others_i[i] for others_i in others])
-        m = member(i, tensors, config, whole=True, scratch=size)
+@lru_cache(PLANS)
+def _plan(
+    shapes: tuple[Shape, ...], whether_aligned: tuple[bool, ...], config: Config
+) -> tuple[tuple[Launch, ...], tuple[Launch, ...], int]:
+    """The launches for all, those of the partial sums of long rows, and how many sums there are."""
+    members, size = [], 0
+    for i, shape in enumerate(shapes):
+        m = member(i, shape, config, whole=True, scratch=size, aligned=whether_aligned[i])
         size += 0 if m.blocks.whole else parts(m) * m.n_rows
         members.append(m)
-    sums = torch.empty(max(size, 1), dtype=compute, device=xs[0].device)
-    dots(xs, ys, [m for m in members if not m.blocks.whole], sums, config)
-    return members, sums
+    long = [m for m in members if not m.blocks.whole]
+    return plan(members, config), plan(long, config), max(size, 1)
+
+
+def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches for tensors of n numbers, in every layout, compiled ahead of time."""
+    rows = []
+    for shape in typical_shapes(n):
+        block = blocks(shape, config, whole=True)
+        rows.append(_row(phase, block, dtype, 1))
+        if not block.whole:
+            rows.append(dots_row(block, dtype, 1))
+    return rows
+
+
+def _row(phase: str, block: Blocks, dtype: torch.dtype, length: int) -> tuple:
+    kernel, lists = {
+        "fwd": (_weight_norm_fwd_kernel, "g_ptrs v_ptrs w_ptrs norm_ptrs*"),
+        "bwd": (_weight_norm_bwd_kernel, "dw_ptrs g_ptrs v_ptrs norm_ptrs* dg_ptrs dv_ptrs"),
+    }[phase]
+    return shipped_row(kernel, f"weight_norm_{phase}", block, dtype, length, lists, "sums_ptr")
 
 
 def shipped(backend: str) -> list[tuple]:
     """What compiles ahead of time: one tensor in every tile, and a group."""
     rows = []
-    fwd = (_weight_norm_fwd_kernel, "weight_norm_fwd")
-    fwd_lists = "g_ptrs v_ptrs w_ptrs norm_ptrs*"
-    bwd = (_weight_norm_bwd_kernel, "weight_norm_bwd")
-    bwd_lists = "dw_ptrs g_ptrs v_ptrs norm_ptrs* dg_ptrs dv_ptrs"
     for dtype, shape, length in shipped_shapes():
         block = blocks(shape, default_config(dtype), whole=True)
-        rows.append(shipped_row(*fwd, block, dtype, length, fwd_lists, "sums_ptr"))
-        rows.append(shipped_row(*bwd, block, dtype, length, bwd_lists, "sums_ptr"))
+        rows += [_row(phase, block, dtype, length) for phase in ("fwd", "bwd")]
         if not block.whole:
             rows.append(dots_row(block, dtype, length))
     return rows

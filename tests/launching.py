@@ -16,7 +16,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tritonparam.kernels import cayley, expm, expm_gemm, gemm, mirror, newton_schulz
+from tritonparam.kernels import (
+    cayley,
+    expm,
+    expm_gemm,
+    gemm,
+    mirror,
+    newton_schulz,
+    power_iteration,
+    slices,
+    spectral_norm,
+    weight_norm,
+)
 from tritonparam.kernels import launch as launches
 from tritonparam.kernels.launch import launch
 
@@ -52,6 +63,11 @@ def kernel(x_ptr, y_ptr, z_ptr, n, m, A: tl.constexpr, B: tl.constexpr = 2):
     pass
 
 
+@triton.jit
+def grouped_kernel(x_ptrs, y_ptr, sizes, A: tl.constexpr):
+    pass
+
+
 def recorded(step) -> tuple:
     calls.clear()
     step()
@@ -64,7 +80,7 @@ def plain(x):
     return vars(x) if hasattr(x, "extras") else x
 
 
-def same(grid, *args, **options) -> None:
+def same(grid, *args, kernel=kernel, **options) -> None:
     """Triton's launch and ours, new and known, take one compiled kernel with one list of values."""
     theirs, theirs_with = recorded(lambda: kernel[grid](*args, **options))
     for _ in range(2):
@@ -96,6 +112,12 @@ def main() -> None:
         same(grid, x, y, z, rng.choice(sizes), rng.choice(sizes), **options)
     distinct = {key[:6] for key in launches._compiled}
     assert len(distinct) == 4, distinct  # two devices, with and without debug
+    for _ in range(300):
+        n = rng.choice((1, 4, 16))
+        xs = tuple(torch.empty(64)[rng.choice((0, 0, 0, 1)) :] for _ in range(n))
+        numbers = tuple(rng.choice((0, 1, 16, 17, 2**31, 2**35)) for _ in range(7 * n))
+        same((3,), xs, torch.empty(4), numbers, A=rng.choice((1, 2)), kernel=grouped_kernel)
+    launches._compiled.clear()
     launches._MOST = 1
     same((1,), x, y, z, 5, 6, A=1)
     same((1,), x, y, z, 5, 7, A=1)
@@ -109,7 +131,8 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    for file in (cayley, expm, expm_gemm, gemm, mirror, newton_schulz):
+    files = (cayley, expm, expm_gemm, gemm, mirror, newton_schulz)
+    for file in (*files, slices, power_iteration, spectral_norm, weight_norm):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):
                 assert function.params == sorted(function.params, key=is_constant), function

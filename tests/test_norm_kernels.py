@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 pytest.importorskip("triton")
 
-from tritonparam.kernels.slices import Config, default_config
+from tritonparam.kernels.grouped import Config, default_config
 from tritonparam.kernels.spectral_norm import spectral_norm_bwd, spectral_norm_fwd
 from tritonparam.kernels.weight_norm import weight_norm_bwd, weight_norm_fwd
 

@@ -131,14 +131,17 @@ def test_refusals(file, monkeypatch):
         tp.tune(cayley())
     with pytest.raises(ValueError, match=r"must be one of cayley, .*, got 'householder'"):
         tuner.weight("householder", (4, 4), torch.float32, "cpu")
-    with pytest.raises(ValueError, match="weight_norm has no launch configurations .* at n = 8"):
-        tuner.static("weight_norm", 8, torch.float32, "sm_90")
+    with pytest.raises(ValueError, match="matrix_exp has no launch configurations .* at n = 8"):
+        tuner.static("matrix_exp", 8, torch.float32, "sm_90")
     with pytest.raises(ValueError, match="cayley has no launch configurations .* at n = 5000"):
         tuner.static("cayley", 5000, torch.float32, "sm_90")
 
 
-@pytest.mark.parametrize("chain", ["cayley", "skew_exp", "symmetric_exp"])
-@pytest.mark.parametrize("n", [3, 16, 32, 48, 64, 200, 1000])
+SIZES = [(c, n) for c in tuner.SQUARE[:3] for n in (3, 16, 32, 48, 64, 200, 1000)]
+SIZES += [(c, n) for c in ("spectral_norm", "weight_norm") for n in (1, 64 * 27, 512 * 4608)]
+
+
+@pytest.mark.parametrize(("chain", "n"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_candidates_are_different_and_begin_with_the_default(chain, n, dtype):
     pytest.importorskip("triton")

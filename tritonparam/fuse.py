@@ -98,7 +98,7 @@ class FusedParametrizationList(ParametrizationList):
 
 def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
     """The originals of a list, in the order in which its first link takes them."""
-    known = plist._parameters
+    known: dict[str, Any] = plist._parameters
     try:  # the module's own lookup is slower
         if plist.is_tensor:
             return (known["original"],)

@@ -195,18 +195,6 @@ def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
     return _orthogonal_declines(links, _gates(links, x))
 
 
-def _spectral_norm_declines(links: Sequence[nn.Module], w: Tensor) -> str:
-    link: Any = links[0]
-    if w.dim() < 2:
-        return ""  # normalised without buffers
-    rows = w.size(link.dim)
-    sizes = ((link._u, rows), (link._v, w.numel() // max(rows, 1)))
-    for buffer, size in sizes:
-        if buffer.device != w.device or buffer.dtype != w.dtype or buffer.numel() != size:
-            return "the power iteration's vectors do not fit the original"
-    return ""
-
-
 def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> str:
     dim = cast(Any, links[0]).dim
     if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
@@ -226,9 +214,10 @@ _SPECTRAL_NORM = Rule(
     name="spectral_norm",
     chain=(_SpectralNorm,),
     op=lambda links, w: spectral_norm.spectral_norm(links[0], w),
-    declines=_spectral_norm_declines,
+    declines=lambda links, w: spectral_norm.misfit(links[0], w),
     kernel_declines=lambda links, w: spectral_norm.kernel_declines(links[0], w),
     size=Tensor.numel,
+    kernels=lambda n, dtype: "spectral_norm",
     launches=lambda links, w: spectral_norm.n_launches(links[0], w),
     alike=lambda links, w: spectral_norm.steps(links[0]),
     together=lambda chains: spectral_norm.spectral_norms([(x[0], w) for x, (w,) in chains]),
@@ -325,6 +314,7 @@ RULES = (
         declines=_weight_norm_declines,
         kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
         size=lambda g, v: v.numel(),
+        kernels=lambda n, dtype: "weight_norm",
         launches=lambda links, g, v: weight_norm.n_launches(links[0], v),
         alike=lambda links, g, v: "any",
         together=lambda chains: weight_norm.weight_norms(

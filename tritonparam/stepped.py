@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from tritonparam.ops.spectral_norm import advance
+from tritonparam.ops.spectral_norm import advance, advance_all
 
 
 class SteppedSpectralNorm(_SpectralNorm):
@@ -64,8 +64,13 @@ def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for link in list(_links):
         for plist in getattr(link, "_list", ()):
             links.setdefault(id(plist.original), []).append(link)
+    whole = []
     # In the optimizer's order, the same on every rank: a weight that FSDP shards is gathered.
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if p.grad is not None:
             for link in links.get(id(p), ()):
-                advance(link, p.full_tensor() if hasattr(p, "full_tensor") else p)
+                if hasattr(p, "full_tensor"):
+                    advance(link, p.full_tensor())
+                else:
+                    whole.append((link, p))
+    advance_all(whole)

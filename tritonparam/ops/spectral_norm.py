@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from tritonparam import registry
+from tritonparam import configs, registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved, one_by_one
-from tritonparam.numerics import cast, compute_dtype, without_autocast
+from tritonparam.numerics import cast, compute_dtype, same_device, without_autocast
 from tritonparam.together import GroupedMap
 
 
@@ -30,6 +30,17 @@ def n_launches(link: Any, w: Tensor) -> tuple[int, int]:
 def steps(link: Any) -> tuple[int, float]:
     """How many iterations the link makes in a read now, and its eps."""
     return link.n_power_iterations if link.training else 0, link.eps
+
+
+def misfit(link: Any, w: Tensor) -> str:
+    """Why the link's vectors are not those of w, or the empty string."""
+    if w.dim() < 2:
+        return ""  # normalised without buffers
+    rows = w.size(link.dim)
+    for buffer, size in ((link._u, rows), (link._v, w.numel() // max(rows, 1))):
+        if not same_device(buffer, w) or buffer.dtype != w.dtype or buffer.numel() != size:
+            return "the power iteration's vectors do not fit the original"
+    return ""
 
 
 def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
@@ -90,9 +101,9 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradient
         except Exception as error:
             registry.fall_back(error, "spectral_norm", w, w.numel())
     if g.is_cpu and w.dim() == 2 and dim == 0 and not registry.transforms_active():
-        s = sigma.item() or math.inf  # on the CPU nobody waits for this, and operators cost more
-        dw = g.contiguous() / s
-        return (dw.addr_(u, v, alpha=-_dot(dw, w).item() / s),)
+        number = sigma.item() or math.inf  # on the CPU nobody waits, and operators cost more
+        dw = g.contiguous() / number
+        return (dw.addr_(u, v, alpha=-_dot(dw, w).item() / number),)
     s = _divisor(sigma)
     dw = g.contiguous() / s
     return (_sub_outer(dw, u * (_dot(dw, w) / s), v, dim),)
@@ -141,11 +152,17 @@ _divide = FusedMap(
 Call = tuple[Tensor, Tensor, Tensor, int, int, float]
 
 
+def _config(phase: str, ws: Sequence[Tensor]) -> Any:
+    """The launch numbers of all, those that suit the largest."""
+    w, default = max(ws, key=Tensor.numel), registry.kernels("spectral_norm").default_of_size
+    return configs.launch("spectral_norm", phase, w, default, w.numel(), w.dtype)
+
+
 def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     kernels = registry.kernels("spectral_norm")
     ws, us, vs, dims, (steps, *_), (eps, *_) = zip(*calls, strict=True)
     with torch.cuda.device_of(ws[0]):
-        config = kernels.default_config(ws[0].dtype)
+        config = _config("fwd", ws)
         xs = [_slices(w, dim) for w, dim in zip(ws, dims, strict=True)]
         results = kernels.spectral_norm_fwd(xs, us, vs, steps, eps, ws[0].dtype, config)
     for _ in calls:
@@ -161,7 +178,7 @@ def _kernel_bwd(
     kernels = registry.kernels("spectral_norm")
     ws, us, vs, sigmas = zip(*saved, strict=True)
     with torch.cuda.device_of(ws[0]):
-        config = kernels.default_config(ws[0].dtype)
+        config = _config("bwd", ws)
         slices = [[_slices(x, dim) for x, dim in zip(xs, dims, strict=True)] for xs in (gs, ws)]
         dws = kernels.spectral_norm_bwd(*slices, us, vs, sigmas, config)
     return [(dw.view(w.shape),) for w, dw in zip(ws, dws, strict=True)]
@@ -210,6 +227,36 @@ def advance(link: Any, w: Tensor) -> None:
     if w.dim() > 1:
         x = _matrix(cast(w, compute_dtype(w.dtype)), link.dim)
         without_autocast(w, _iterate, link, x)
+
+
+def advance_all(chains: Sequence[tuple[Any, Tensor]]) -> None:
+    """``advance`` of many (link, w); what the kernel takes, of one kind in few launches."""
+    kinds: dict[Hashable, list[tuple[Any, Tensor]]] = {}
+    for link, w in chains:
+        if kernel_declines(link, w) or registry.override() == "closed" or misfit(link, w):
+            advance(link, w)
+        else:
+            kind = w.device, w.dtype, link.n_power_iterations, link.eps
+            kinds.setdefault(kind, []).append((link, w))
+    for same in kinds.values():
+        try:
+            _kernel_advance(same)
+        except Exception as error:  # before the last launch, the one that writes u and v
+            w = max((w for _, w in same), key=Tensor.numel)
+            registry.fall_back(error, "spectral_norm", w, w.numel())
+            for link, w in same:
+                advance(link, w)
+
+
+def _kernel_advance(chains: Sequence[tuple[Any, Tensor]]) -> None:
+    links, ws = zip(*chains, strict=True)
+    us, vs = [link._u for link in links], [link._v for link in links]
+    with torch.cuda.device_of(ws[0]), torch.no_grad():
+        xs = [_slices(w, link.dim) for link, w in chains]
+        number = links[0].n_power_iterations, links[0].eps
+        config = _config("fwd", ws)
+        registry.kernels("power_iteration").advance(xs, us, vs, *number, config)
+    torch.autograd.graph.increment_version((*us, *vs))
 
 
 def spectral_norms(chains: Sequence[tuple[Any, Tensor]]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import registry
+from tritonparam import configs, registry
 from tritonparam.autograd import FusedMap, Gradients, Saved, one_by_one
 from tritonparam.numerics import cast, compute_dtype
 from tritonparam.together import GroupedMap
@@ -27,9 +27,11 @@ def kernel_declines(g: Tensor, v: Tensor) -> str:
 
 def n_launches(link: Any, v: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    kernels = registry.kernels("weight_norm")
-    shape = _slices(v.to("meta"), link.dim if link.dim >= -1 else link.dim + v.dim()).shape
-    return kernels.n_launches(shape, kernels.default_config(v.dtype)) if v.numel() else (0, 0)
+    if not v.numel():
+        return 0, 0
+    shape = _slices(v.to("meta"), _dim(link, v)).shape
+    n_launches = registry.kernels("weight_norm").n_launches
+    return n_launches(shape, _config("fwd", [v])), n_launches(shape, _config("bwd", [v]))
 
 
 def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
@@ -76,12 +78,18 @@ Call = tuple[Tensor, Tensor, int, bool]
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+def _config(phase: str, vs: Sequence[Tensor]) -> Any:
+    """The launch numbers of all, those that suit the largest."""
+    v, default = max(vs, key=Tensor.numel), registry.kernels("weight_norm").default_of_size
+    return configs.launch("weight_norm", phase, v, default, v.numel(), v.dtype)
+
+
 def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     kernels = registry.kernels("weight_norm")
     gs, vs, dims, rounded = zip(*calls, strict=True)
     dtype = vs[0].dtype if rounded[0] else compute_dtype(vs[0].dtype)
     with torch.cuda.device_of(vs[0]):
-        config = kernels.default_config(vs[0].dtype)
+        config = _config("fwd", vs)
         xs = [_slices(v.contiguous(), dim) for v, dim in zip(vs, dims, strict=True)]
         results = kernels.weight_norm_fwd([g.reshape(-1) for g in gs], xs, dtype, config)
     pairs = zip(gs, vs, results, strict=True)
@@ -94,7 +102,7 @@ def _kernel_bwd(
     kernels = registry.kernels("weight_norm")
     gs, vs, norms = zip(*saved, strict=True)
     with torch.cuda.device_of(vs[0]):
-        config = kernels.default_config(vs[0].dtype)
+        config = _config("bwd", vs)
         dws, xs = (
             [_slices(x.contiguous(), dim) for x, dim in zip(tensors, dims, strict=True)]
             for tensors in (grads, vs)
