@@ -123,6 +123,35 @@ def test_a_layer_around_it_evaluates_once():
     assert type(tp.unfuse(once)) is nn.TransformerEncoderLayer
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_of_layers_evaluates_once(masked):
+    encoder = nn.TransformerEncoder(encoder_layer(), 2).eval()
+    once = tp.fuse(deepcopy(encoder))
+    x, mask = torch.randn(2, 3, 4, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool)
+    mask[0, 2] = True
+    options = {"src_key_padding_mask": mask} if masked else {}
+    with torch.no_grad():
+        expected = encoder(x, **options)
+        calls(once)
+        assert torch.allclose(once(x, **options), expected)
+    assert calls(once) == [1] * 6
+    once.train()(x, **options).sum().backward()
+    assert calls(once) == [1] * 6
+    assert type(tp.unfuse(once)) is nn.TransformerEncoder
+
+
+def test_layers_of_an_encoder_that_share_a_module_iterate_one_after_another():
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    torch.nn.utils.parametrizations.spectral_norm(layer.linear1)
+    encoder = nn.TransformerEncoder(layer, 3)
+    encoder.layers = nn.ModuleList([layer] * 3)
+    once, x = tp.fuse(deepcopy(encoder)), torch.randn(2, 3, 4)
+    for training in (True, False):
+        assert torch.allclose(once.train(training)(x), encoder.train(training)(x), atol=1e-6)
+    for a, b in zip(encoder.buffers(), once.buffers(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_compiled():
     torch.compiler.reset()
     module, qkv = attention("both")

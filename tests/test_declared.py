@@ -239,3 +239,68 @@ def test_what_cannot_be_added():
     with pytest.raises(ValueError, match="Unit is an alias of Skew.*name Skew in the chain"):
         tp.add_rule((Unit,), unit)
     assert tp.declared._added == ()
+
+
+class LowerSkew(nn.Module):
+    """Skew of the transpose."""
+
+    def forward(self, x):
+        return x.mT.triu(1) - x.tril(-1)
+
+    def right_inverse(self, a):
+        return -a.tril(-1)
+
+
+class Solved(nn.Module):
+    """CayleyMap as the tutorial writes it, without signs."""
+
+    def forward(self, x):
+        eye = torch.eye(x.size(-1), dtype=x.dtype)
+        return torch.linalg.solve(eye - x, eye + x)
+
+
+def fifty_steps(layer: nn.Module) -> list[float]:
+    torch.manual_seed(2)
+    x, y = torch.randn(2, 16, 6, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (layer(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_fifty_steps_under_an_alias_and_a_rule_are_the_composed_ones():
+    def lower_cayley(links, x):
+        a = x.mT.triu(1) - x.tril(-1)
+        eye = torch.eye(x.size(-1), dtype=x.dtype)
+        return 2 * torch.linalg.inv(eye - a) - eye
+
+    def layer(cls):
+        torch.manual_seed(1)
+        return layer_of(cls(), Solved(), n=6).double()
+
+    class Mine(nn.Module):
+        def forward(self, x):
+            return x.triu(1) - x.triu(1).mT
+
+    composed = {cls: layer(cls) for cls in (Mine, LowerSkew)}
+    expected = {cls: fifty_steps(composed[cls]) for cls in composed}
+    tp.alias(Mine, tp.Skew)
+    tp.alias(Solved, tp.CayleyMap)
+    tp.add_rule((LowerSkew, tp.CayleyMap), lower_cayley)
+    for cls, reference in composed.items():
+        mine = tp.fuse(layer(cls), strict=True)
+        tp.stats(reset=True)
+        losses = fifty_steps(mine)
+        assert tp.stats()["closed"] == 50
+        assert tp.stats()["composed"] == 0
+        assert losses == pytest.approx(expected[cls], rel=1e-10)
+        assert losses[-1] < losses[0]
+        assert list(mine.state_dict()) == list(reference.state_dict())
+        for a, b in ((mine, reference), (reference, mine)):
+            a.load_state_dict(b.state_dict())
+            assert torch.allclose(a.weight, b.weight, rtol=0, atol=1e-12)

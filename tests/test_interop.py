@@ -190,6 +190,41 @@ def test_twenty_steps_are_geotorchs():
             model.load_state_dict(other)
 
 
+@makers
+def test_fifty_steps_are_geotorchs(name):
+    torch.manual_seed(1)
+    shape = MAKERS[name][0][1]  # a tall weight, or a batch of square ones
+    module = moved(MAKERS[name][1](shape, "cayley"), 0.1)
+    twin = tp.fuse(copy.deepcopy(module), strict=True)
+    target, losses = torch.randn(shape, dtype=torch.float64), []
+    for m in (module, twin):
+        torch.manual_seed(2)
+        tp.stats(reset=True)
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9)
+        for step in range(50):
+            optimizer.zero_grad()
+            loss = (m.weight - target).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            if step == 25 and hasattr(m.parametrizations.weight[0], "base"):
+                geotorch.update_base(m, "weight")
+    assert tp.stats()["composed"] == 0
+    assert tp.stats()["closed"] >= 50
+    theirs, ours = losses[:50], losses[50:]
+    assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-9)
+    assert ours[-1] < ours[0]
+    states = [state(m) for m in (module, twin)]
+    assert list(states[0]) == list(states[1])
+    for other in states:
+        for m in (module, twin):
+            m.load_state_dict(other)
+        assert torch.allclose(twin.weight, module.weight, rtol=0, atol=1e-12)
+    for key, value in states[0].items():
+        assert torch.allclose(states[1][key], value, rtol=1e-9, atol=1e-9), key
+
+
 @pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("end", [tp.CayleyMap, tp.MatrixExponential])
 @pytest.mark.parametrize("begin", ["Skew", "Symmetric"])

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import tritonparam as tp
 from tests.norms import HALVES, assert_equal_maps, assert_near, second, spectral_link, tolerance
 from tritonparam.ops.spectral_norm import _divide, spectral_norm
 
@@ -191,3 +192,22 @@ def test_results_are_fresh(device):
     assert torch.equal(y, before)
     sigma = torch.ones((), device=device)
     assert _divide(w, link._u, link._v, sigma, 0).data_ptr() != w.data_ptr()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_dense_layout_is_kept_as_torch_keeps_it(dim, device):
+    w = torch.randn(4, 3, 5, 2, device=device, dtype=torch.float64)
+    w = w.to(memory_format=torch.channels_last).requires_grad_()
+    link = spectral_link(w, dim).eval()
+    with tp.use_path("closed"):
+        got, want = spectral_norm(link, w), link(w)
+        assert got.stride() == want.stride() == w.stride()
+        g = torch.randn_like(want)
+        assert_near(got, want)
+        assert_near(*(torch.autograd.grad(y, w, g)[0] for y in (got, want)))
+        sliced = w[:, :, ::2]
+        other = spectral_link(sliced, dim).eval()
+        assert_near(spectral_norm(other, sliced), other(sliced))
+    torch._dynamo.reset()
+    run = torch.compile(lambda w: spectral_norm(link, w), fullgraph=True, backend="aot_eager")
+    assert_near(run(w), want)

@@ -234,6 +234,63 @@ def test_only_the_optimizer_that_updates_it():
     assert not torch.equal(vectors(layer)[0], before[0])
 
 
+class Lookahead(torch.optim.Optimizer):
+    """An optimizer of one parameter around another: after its step, halfway back."""
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        self.inner, self.value = inner, None
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        (p,) = self.param_groups[0]["params"]
+        before = p.detach().clone()
+        self.inner.step()
+        self.value = p.detach().clone()
+        p.data.lerp_(before, 0.5)
+
+
+def test_nested_optimizers_advance_after_each_of_their_steps():
+    layer = step_layer()
+    before = vectors(layer)
+    outer = Lookahead(torch.optim.SGD([original(layer)], lr=0.1))
+    loss(layer).backward()
+    outer.step()
+    between = deepcopy(layer)
+    with torch.no_grad():
+        original(between).copy_(outer.value)
+    assert_close(vectors(layer), advanced(layer, advanced(between, before)))
+
+
+def test_two_optimizers_advance_what_they_update():
+    generator, first = nn.Linear(2, 5).double(), step_layer()
+    critics = [nn.Sequential(first, nn.LeakyReLU(0.2), step_layer(4, 1))]
+    critics.append(tp.unfuse(deepcopy(critics[0])))
+    states = []
+    for critic in critics:
+        maker = deepcopy(generator)
+        of_maker = torch.optim.Adam(maker.parameters(), lr=1e-2)
+        of_critic = torch.optim.Adam(critic.parameters(), lr=1e-2)
+        torch.manual_seed(5)
+        tp.stats(reset=True)
+        for step in range(20):
+            z, real = torch.randn(6, 2).double(), torch.randn(6, 5).double()
+            for _ in range(2):
+                of_critic.zero_grad()
+                (critic(maker(z).detach()).exp().mean() - critic(real).mean()).backward()
+                of_critic.step()
+            of_maker.zero_grad()
+            kept = [b.clone() for b in critic.buffers()]
+            (-critic(maker(z)).mean()).backward()
+            of_maker.step()
+            assert all(torch.equal(a, b) for a, b in zip(kept, critic.buffers(), strict=True))
+            if step == 0:
+                first_step = [b.clone() for b in critic.buffers()]
+        assert not all(map(torch.equal, first_step, critic.buffers()))
+        states.append([*critic.state_dict().values(), *maker.state_dict().values()])
+        assert tp.stats()["closed"] == (0 if states[1:] else 20 * (2 * 2 + 1) * 2)
+    assert_close(*states)
+
+
 @pytest.mark.parametrize("via", [deepcopy, lambda m: tp.fuse(deepcopy(tp.unfuse(m)))])
 def test_a_copy_follows_its_own_weight(via):
     layer = step_layer()

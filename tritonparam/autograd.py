@@ -46,13 +46,13 @@ def one_by_one(gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
 class EagerMap:
     """A map of tensors to one tensor, with its own derivative; called like a function.
 
-    The result is a fresh contiguous tensor of the shape and dtype of the argument `like`. The
+    The result is a fresh tensor of the shape and dtype of the argument `like`. The
     functions it is made of compute in the compute dtype of that argument (fp32 for fp16 and bf16)
     and are called with autocast off.
 
     Arguments:
-        forward: called with the arguments; returns the value, contiguous in the compute dtype,
-            and what to save for the backward pass, inputs and the value among it or not.
+        forward: called with the arguments; returns the value, dense in the compute dtype, and what
+            to save for the backward pass, inputs and the value among it or not.
         backward: called as ``backward(g, saved, dtype, *numbers)`` with the dtype of the first
             argument; returns the gradients of the leading arguments.
         graph: the same gradients, computed by differentiable operators on `saved`, for
@@ -122,7 +122,7 @@ class FusedMap(EagerMap):
 
     def _define(self, schema: str) -> Callable[..., Tensor]:
         def forward(*args: Any) -> Tensor:
-            return without_autocast(args[0], self.forward, *args)[0]
+            return without_autocast(args[0], self.forward, *args)[0].contiguous()
 
         def gradients(g: Tensor, y: Tensor, *args: Any) -> Gradients:
             saved = self.resume(y, *args) if self.resume else self.forward(*args)[1]

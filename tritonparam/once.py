@@ -101,6 +101,22 @@ def _cached(forward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+def _cached_in_eval(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward in which every weight is evaluated once in eval mode, where none iterates.
+
+    In train mode layers that share a module are read one after another, as without it.
+    """
+
+    @functools.wraps(forward)
+    def once(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.training or torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with cached():
+            return forward(self, *args, **kwargs)
+
+    return once
+
+
 class MultiheadAttention(nn.MultiheadAttention):
     """torch's class, which also reads the weight of the projection that it holds."""
 
@@ -113,7 +129,14 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     forward = _cached(nn.TransformerEncoderLayer.forward)
 
 
+class TransformerEncoder(nn.TransformerEncoder):
+    """torch's class, which also reads the weights of its first layer, given a padding mask."""
+
+    forward = _cached_in_eval(nn.TransformerEncoder.forward)
+
+
 READERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerEncoder: TransformerEncoder,
 }

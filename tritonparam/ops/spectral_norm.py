@@ -89,7 +89,7 @@ def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[
     registry.count("closed")
     # The smallest number changes no σ beyond its last digit but 0, and makes 0/0 a 0.
     info = torch.finfo(w.dtype)
-    return w.contiguous() / (sigma + info.tiny * info.eps), (w, u, v, sigma)
+    return w / (sigma + info.tiny * info.eps), (w, u, v, sigma)
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
@@ -278,7 +278,8 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
         w: fp16, bf16, fp32 or fp64; the first two are computed in fp32.
 
     Returns:
-        A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
+        A fresh tensor of w's shape and dtype, of w's strides too where it is dense and no kernel
+        computes it, contiguous otherwise; twice differentiable in w.
 
     >>> link = torch.nn.utils.parametrizations._SpectralNorm(torch.eye(2))
     >>> spectral_norm(link.eval(), 3 * torch.eye(2)).norm()
