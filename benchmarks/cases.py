@@ -82,10 +82,15 @@ SMALL_READS: dict[str, tuple[tuple[str, int, bool], ...]] = {
 # The spectral norm of what the map is applied to; other chains take 1.
 NORMS = {"skew_exp": torch.pi, "symmetric_exp": torch.pi}
 
-# Where the baseline is not the composed chain but torch's orthogonal() with the same map, which
-# makes n × n matrices of a tall weight.
-_TORCH = {"tall_cayley": "cayley", "tall_exp": "matrix_exp", "householder": "householder"}
-
+# The chains whose weights are orthogonal, and the map of torch's orthogonal() that does the same.
+# It makes n × n matrices of a tall weight, and is the baseline there, not the composed chain.
+ORTHOGONAL = {
+    "cayley": "cayley",
+    "skew_exp": "matrix_exp",
+    "tall_cayley": "cayley",
+    "tall_exp": "matrix_exp",
+    "householder": "householder",
+}
 
 # Products of n × n matrices that forward and backward need at least: an inverse counts as one, the
 # exponentials are even/odd series of six products of symmetric matrices, which are half as dear,
@@ -124,17 +129,23 @@ def torchs_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 def torchs_own(case: Case) -> Callable[[Tensor], nn.Module] | None:
     """Makes torch's module for an original, where that is the baseline."""
-    if case.name not in _TORCH:
+    if case.name not in _TALL:
         return None
+    return lambda original: torchs_orthogonal(original, ORTHOGONAL[case.name])
 
-    def make(original: Tensor) -> nn.Module:
-        module = nn.Module()
-        module.weight = nn.Parameter(original.detach().clone())
-        parametrizations.orthogonal(module, "weight", _TORCH[case.name], use_trivialization=False)
-        with torch.no_grad():
-            x = module.parametrizations.weight.original.copy_(original)
-            # The diagonal of the Householder map is its signs, which torch truncates.
-            x.diagonal().copy_(torch.where(x.diagonal() < 0, -1.0, 1.0))
-        return module
 
-    return make
+def torchs_orthogonal(original: Tensor, orthogonal_map: str) -> nn.Module:
+    """A module whose weight is torch's ``orthogonal`` of an original, without a base point."""
+    module = nn.Module()
+    module.weight = nn.Parameter(original.detach().clone())
+    parametrizations.orthogonal(module, "weight", orthogonal_map, use_trivialization=False)
+    with torch.no_grad():
+        x = module.parametrizations.weight.original.copy_(original)
+        # The diagonal of the Householder map is its signs, which torch truncates; others ignore it.
+        x.diagonal(dim1=-2, dim2=-1).copy_(signs(original))
+    return module
+
+
+def signs(original: Tensor) -> Tensor:
+    """Of the columns that the Householder map makes of an original."""
+    return torch.where(original.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)

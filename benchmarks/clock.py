@@ -1,4 +1,4 @@
-"""What depends on the device: clock, caches, graphs, the rates of copies and of products."""
+"""What depends on the device: clock, caches, memory, graphs, rates of copies and of products."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from statistics import median
+from typing import NamedTuple
 
 import torch
+from torch.autograd import profiler
 
 Step = Callable[[], object]
 PRECISIONS = ("float32", "3xtf32")
 PRODUCTS_FROM = 1024  # the size from which the products themselves are timed
+
+
+class Sample(NamedTuple):
+    """One run of a step: its seconds as a user waits, and those until the host was free again."""
+
+    seconds: float
+    host: float
 
 
 class Clock:
@@ -29,15 +38,10 @@ class Clock:
         self.kind, self.device, self.largest = kind, device or kind, largest
         self._products: dict[int, dict[str, float]] = {}
 
-    def seconds(self, step: Step) -> float:
+    def sample(self, step: Step) -> Sample:
         """One step as a user waits for it, started on an idle device with cold caches."""
         self.evict()
         self.synchronize()
-        return self._timed(step)
-
-    def device_seconds(self, step: Step) -> float:
-        """One step on the device alone: it is queued while the caches are being emptied."""
-        self.evict()
         return self._timed(step)
 
     def host_seconds(self, step: Step) -> float:
@@ -47,17 +51,77 @@ class Clock:
         step()
         return time.perf_counter() - started
 
-    def _timed(self, step: Step) -> float:
+    def device_sample(self, step: Step) -> Sample:
+        """One step on the device alone: it is queued while the caches are being emptied.
+
+        The host has to be done by then, as with a graph's replay or a single call.
+        """
+        self.evict()
+        return self._timed(step)
+
+    def queued_seconds(self, step: Step, host: float) -> float | None:
+        """One step on the device alone, of which the host has to queue many launches.
+
+        The device is kept from starting it for twice the seconds that the host takes, or more
+        where it starts before the host is done. None where it still does, since the step waits for
+        it, and on the CPU.
+        """
         if self.kind != "cuda":
-            started = time.perf_counter()
-            step()
-            return time.perf_counter() - started
+            return None
+        for pause in (2 * host, 4 * host, 8 * host):
+            self.synchronize()
+            torch.cuda._sleep(int(pause * self._sleep_rate))
+            self.evict()
+            _, start, end = self._recorded(step)
+            ahead = not start.query()
+            end.synchronize()
+            if ahead:
+                return start.elapsed_time(end) / 1e3
+        return None
+
+    def _timed(self, step: Step) -> Sample:
+        if self.kind != "cuda":
+            seconds = self.host_seconds(step)
+            return Sample(seconds, seconds)
+        host, start, end = self._recorded(step)
+        end.synchronize()
+        return Sample(start.elapsed_time(end) / 1e3, host)
+
+    def _recorded(self, step: Step) -> tuple[float, torch.cuda.Event, torch.cuda.Event]:
+        """The host's seconds, and the events before and after."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+        started = time.perf_counter()
         step()
+        host = time.perf_counter() - started
         end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return host, start, end
+
+    @cached_property
+    def _sleep_rate(self) -> float:
+        """Cycles per second of a device that sleeps."""
+        cycles = 1 << 20
+        return cycles / self._median(lambda: torch.cuda._sleep(cycles))
+
+    def peak_bytes(self, step: Step) -> int:
+        """The most that one step holds at a time of what is allocated for tensors after it starts.
+
+        Outputs, gradients, saved tensors and what operators allocate for themselves inside; on
+        CUDA as ``max_memory_allocated`` counts it, on the CPU by the allocations and releases that
+        the profiler sees. Of neither what LAPACK, oneDNN or Triton take elsewhere, nor what lies in
+        the pool of a graph. What was alive before is not counted, and released counts negative:
+        gradients of an earlier step are dropped by the caller.
+        """
+        if self.kind != "cuda":
+            with profiler.profile(profile_memory=True) as profile:
+                step()
+            return _highest(profile)
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
@@ -176,10 +240,20 @@ class Clock:
     def _median(self, step: Step) -> float:
         for _ in range(3):
             step()
-        return median(self.device_seconds(step) for _ in range(9))
+        return median(self.device_sample(step).seconds for _ in range(9))
 
 
 def _split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x = hi + lo, hi with the 10 bits of TF32's mantissa."""
     hi = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return hi, x - hi
+
+
+def _highest(profile: profiler.profile) -> int:
+    """The highest sum of the bytes allocated and released on the CPU, in the order of time."""
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest

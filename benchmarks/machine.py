@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers import PEERS
+
 
 def _cpu_model() -> str:
     try:
@@ -40,22 +42,37 @@ def _commit() -> str | None:
     return head + ("-dirty" if changed else "") if head else None
 
 
-def describe(kind: str) -> dict[str, Any]:
-    """Device, versions and commit, for the head of a result file."""
+def _driver() -> str | None:
+    """NVIDIA's driver; None where its tool is not there, as on ROCm."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.splitlines()[0].strip() if found.strip() else None
+
+
+def _device(kind: str) -> str:
     if kind == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{_cpu_model()}, {torch.get_num_threads()} threads"
-    return {
-        "device": name,
+        return torch.cuda.get_device_name()
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def describe(kind: str) -> dict[str, Any]:
+    """Device, driver, versions and commit, for the head of a result file."""
+    found = {"device": _device(kind)}
+    if kind == "cuda":
+        found["driver"] = _driver()
+    versions = {peer.name: _version(peer.name) for peer in PEERS if peer.name != "torch"}
+    return found | {
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
+        "peers": {name: version for name, version in versions.items() if version},
         "commit": _commit(),
     }
 
 
 def folder(kind: str) -> str:
     """The name of the device's folder under ``benchmarks/results/``."""
-    name = describe(kind)["device"]
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", _device(kind).lower()).strip("-")

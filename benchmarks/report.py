@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks import plots
 from benchmarks.accuracy import summary
+from benchmarks.peers import PEERS
+from benchmarks.rows import Row
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
-
-Row = dict[str, Any]
+CONTENDERS = ("composed", "compiled", "closed", "kernel")
 
 
 def _results() -> Iterator[tuple[Path, Row, dict[str, list[Row]]]]:
@@ -43,14 +43,19 @@ def _label(row: Row) -> str:
     return f"{row['chain']} {size}{', ' + row['phase'] if phase is None else phase}"
 
 
-def _times(rows: list[Row], floors: bool) -> list[str]:
+def _cases(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """By label and contender."""
     cases: dict[str, dict[str, Row]] = {}
     for row in rows:
         cases.setdefault(_label(row), {})[row["contender"]] = row
+    return cases
+
+
+def _times(rows: list[Row], floors: bool) -> list[str]:
     lines = []
-    for case, by in cases.items():
+    for case, by in _cases(rows).items():
         ours = by["kernel"] if "kernel" in by else by["closed"]
-        found = [by.get(c, {}) for c in ("composed", "compiled", "closed", "kernel")]
+        found = [by.get(c, {}) for c in CONTENDERS]
         cells = [case, *(_milliseconds(row.get("median_us")) for row in found)]
         gain = ours["speedup_over_composed"]
         cells.append("–" if gain is None else f"{gain:.2f}×")
@@ -65,6 +70,77 @@ def _times(rows: list[Row], floors: bool) -> list[str]:
             cells.append("")
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
     return lines
+
+
+def _folded(
+    title: str, head: str, rows: list[Row], names: tuple[str, ...], cell: Callable[[Row], str]
+) -> list[str]:
+    """A table that unfolds, of the rows of these contenders that `cell` has something for."""
+    cases = {
+        case: {name: text for name, row in by.items() if name in names and (text := cell(row))}
+        for case, by in _cases(rows).items()
+    }
+    columns = [name for name in names if any(name in by for by in cases.values())]
+    if not columns:
+        return []
+    lines = ["", f"<details><summary>{title}</summary>", ""]
+    lines += [f"| {' | '.join([head, *columns])} |", "|---" * (len(columns) + 1) + "|"]
+    for case, by in cases.items():
+        if by:
+            lines.append(f"| {' | '.join([case, *(by.get(name, '–') for name in columns)])} |")
+    return [*lines, "", "</details>"]
+
+
+def _peer(row: Row) -> str:
+    """Milliseconds, what ours gains over it, how far its weight is from the constraint."""
+    if row["median_us"] is None:
+        return ""
+    near = "≈ " if row.get("approximate") else ""
+    error = f"{near}{row['constraint_error']:.0e}"
+    return f"{_milliseconds(row['median_us'])}, {row['speedup_of_ours']:.2f}×, {error}"
+
+
+def _megabytes(row: Row) -> str:
+    return f"{row['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in row else ""
+
+
+def _host_and_device(row: Row) -> str:
+    """Microseconds; a graph's replay is timed on the device."""
+    if row.get("host_median_us") is None:
+        return ""
+    replayed = row["median_us"] if row.get("timed") == "graph replay" else None
+    device = row.get("device_median_us", replayed)
+    return f"{row['host_median_us']:.4g} / {'–' if device is None else f'{device:.4g}'}"
+
+
+def _more(rows: list[Row]) -> list[str]:
+    """What is known beside the times: of peers, of memory, of the host and the device apart."""
+    peers = tuple(peer.name for peer in PEERS)
+    return [
+        *_folded(
+            "Peers: ms, how much faster ours is, the weight's distance from its constraint (≈: an "
+            "approximation by design)",
+            "chain, shape",
+            rows,
+            peers,
+            _peer,
+        ),
+        *_folded(
+            "Memory: MB that one forward and backward holds at its peak",
+            "chain, shape",
+            rows,
+            CONTENDERS + peers,
+            _megabytes,
+        ),
+        *_folded(
+            "Host / device: µs until the host is free again, µs of the device alone (–: the host "
+            "waits for it)",
+            "chain, shape",
+            rows,
+            CONTENDERS,
+            _host_and_device,
+        ),
+    ]
 
 
 def _embedding(rows: list[Row]) -> list[str]:
@@ -85,12 +161,18 @@ def _accuracy(rows: list[Row]) -> list[str]:
     ] + [f"- {line}" for line in summary(rows).splitlines()]
 
 
+def _machine(machine: Row) -> str:
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    found = {name: machine[name] for name in ("torch", "triton")} | machine.get("peers", {})
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
+    return f"{machine['device']}{driver}; {versions}; commit {machine['commit']}."
+
+
 def tables() -> str:
     """Per device: median milliseconds of forward and backward and what they gain, and the rest."""
     lines: list[str] = []
     for folder, machine, by_name in _results():
-        versions = f"torch {machine['torch']}, triton {machine['triton']}"
-        lines += [f"{machine['device']}; {versions}; commit {machine['commit']}.", ""]
+        lines += [_machine(machine), ""]
         floors = any("floor_us" in row for rows in by_name.values() for row in rows)
         head = ["chain, shape", "composed", "compiled", "closed", "kernel", "gain"]
         head += ["floor", "error"] if floors else ["error"]
@@ -98,6 +180,7 @@ def tables() -> str:
         ordered = [case.name for case in CASES if case.name in by_name]
         for name in [*ordered, *(["read"] if "read" in by_name else [])]:
             lines += _times(by_name[name], floors)
+        lines += _more([row for name in ordered for row in by_name[name]])
         if "embedding" in by_name:
             lines += _embedding(by_name["embedding"])
         if "accuracy" in by_name:

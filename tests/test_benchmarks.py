@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import clock as clocks
-from benchmarks import machine, measure, report, test_speed
+from benchmarks import machine, measure, report, test_speed, weights
 from benchmarks.cases import CUDA, LAYERS, SMALL_READS, Timed, least, rows
 from benchmarks.clock import Clock
 from tests.cases import CASES
@@ -31,6 +32,9 @@ class Event:
 
     def synchronize(self):
         assert self.at
+
+    def query(self):
+        return False
 
     def elapsed_time(self, end):
         return (end.at - self.at) * 1e3
@@ -52,6 +56,7 @@ class Stream:
 def cuda(monkeypatch):
     """A "cuda" clock for tensors on the CPU; `synchronizes` and `fails` say which steps do."""
     state = SimpleNamespace(synchronizes=False, fails=False, mode="default", free=1 << 40)
+    state.held = itertools.count(100, 50)
 
     def set_mode(mode):
         state.mode = mode
@@ -78,6 +83,10 @@ def cuda(monkeypatch):
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "mem_get_info": lambda: (state.free, 1 << 40),
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: next(state.held),
+        "_sleep": lambda cycles: None,
         "set_sync_debug_mode": set_mode,
         "get_device_properties": lambda: properties,
         "get_device_name": lambda: "Stand-in 1",
@@ -86,7 +95,9 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(measure, "ROUNDS", 3)
-    monkeypatch.setattr(measure, "WARM_UP", 1)
+    monkeypatch.setattr(measure, "WARM_UP", 0)
+    monkeypatch.setattr(measure, "DEVICE_ROUNDS", 1)
+    monkeypatch.setattr(weights, "peers", lambda chain, shape: [])
     state.clock = Clock("cuda", device="cpu", largest=SMALL)
     state.run = step_in_debug_mode
     return state
@@ -144,15 +155,19 @@ def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch
         for row in found:
             assert row["floor_us"] > 0
             assert row["median_us"] >= 0
+            assert row["host_p20_us"] <= row["host_median_us"] <= row["host_p80_us"]
             assert ("value_error" in row) == (row["contender"] != "compiled")
             assert ("timed" in row) == ("graph" in phase)
             if "graph" in phase:
                 assert row["timed"] == "graph replay"
             assert ("product_us" in row) == (timed.shapes[0][-1] >= 4)
-    table = report.tables()
+    table, *folded = report.tables().split("<details>")
     assert "| floor |" in table
     assert table.count(f"| {timed.name} ") == len(phases)
     assert table.count(", graph |") == len(phases) - 1
+    memory, apart = folded
+    assert memory.count(f"| {timed.name} ") == 1
+    assert apart.count(f"| {timed.name} ") == len(phases)
 
 
 def test_the_read(folder, cuda, benchmark_stand_in, monkeypatch):
@@ -186,8 +201,8 @@ def test_a_small_read_and_its_backward_pass(name, cuda, tmp_path, benchmark_stan
     assert all(0 <= row["gradient_error"] < 1e-5 for row in content["rows"])
     for phase in phases:
         assert f"| {name} 5×5, {phase} |" in report.tables()
-    fused = measure.fused
-    monkeypatch.setattr(measure, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
+    fused = weights.fused
+    monkeypatch.setattr(weights, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
     with pytest.raises(AssertionError, match="is off by"):
         test_speed.test_read(name, 5, True, benchmark_stand_in, results)
 
@@ -216,13 +231,13 @@ def both(timed, clock):
 
 def test_what_synchronizes_is_timed_eagerly(cuda, monkeypatch):
     cuda.synchronizes = True
-    returned = measure._returned
+    returned = measure.returned
 
-    def checked(weights, path, read, modules):
-        step = returned(weights, path, read, modules)
-        return (lambda: cuda.run(step)) if path == "composed" else step
+    def checked(weights, reader):
+        step = returned(weights, reader)
+        return (lambda: cuda.run(step)) if reader.path == "composed" else step
 
-    monkeypatch.setattr(measure, "_returned", checked)
+    monkeypatch.setattr(measure, "returned", checked)
     graphs = [row for row in both(SQUARE, cuda.clock) if "graph" in row["phase"]]
     found = {row["contender"]: row["timed"] for row in graphs}
     assert found["composed"] == found["compiled"] == "eager: it synchronizes"
@@ -258,21 +273,21 @@ def test_a_baseline_beyond_the_memory_is_a_row_of_none(cuda):
 
 
 def test_a_baseline_that_runs_out_of_memory_is_a_row_of_none(cuda, monkeypatch):
-    into_grad = measure._into_grad
+    into_grad = weights.into_grad
 
-    def out_of_memory(weights, path, *reader):
+    def out_of_memory(weights, reader):
         def step():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return step if path == "composed" else into_grad(weights, path, *reader)
+        return step if reader.path == "composed" else into_grad(weights, reader)
 
-    monkeypatch.setattr(measure, "_into_grad", out_of_memory)
+    monkeypatch.setattr(weights, "into_grad", out_of_memory)
     none, *_ = both(TALL, cuda.clock)
     assert none["timed"] == "none: torch's runs out of memory"
 
 
 def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):
-    monkeypatch.setitem(measure.ONCE, "cuda", 0.0)
+    monkeypatch.setitem(weights.ONCE, "cuda", 0.0)
     table = both(replace(TALL, graph=True), cuda.clock)
     for row in table:
         if row["contender"] == "composed":
@@ -284,8 +299,8 @@ def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):
 
 
 def test_a_wrong_result_is_not_timed(cuda, monkeypatch):
-    fused = measure.fused
-    monkeypatch.setattr(measure, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
+    fused = weights.fused
+    monkeypatch.setattr(weights, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
     with pytest.raises(AssertionError, match="is off by"):
         both(SQUARE, cuda.clock)
 
@@ -328,11 +343,13 @@ def test_the_tables():
 def test_the_cpu_has_no_floors_and_no_graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(measure, "ROUNDS", 3)
+    monkeypatch.setattr(weights, "peers", lambda chain, shape: [])
     clock = Clock("cpu", largest=SMALL)
     table = both(Timed("cayley", ((2, 4, 4),)), clock)
     assert [row["contender"] for row in table] == ["composed", "compiled", "closed"]
     keys = {"chain", "shape", "dtype", "phase", "contender", "median_us", "p20_us", "p80_us"}
     keys |= {"speedup_over_composed", "value_error", "gradient_error"}
+    keys |= {"constraint_error", "peak_bytes"}
     assert set(table[0]) == set(table[2]) == keys
     assert not clock.synchronizes(lambda: None)
     assert clock.capture(both) is both
@@ -341,6 +358,77 @@ def test_the_cpu_has_no_floors_and_no_graphs(monkeypatch):
         "composed",
         "closed",
     ]
+
+
+def test_the_peak_of_what_a_step_allocates(cuda):
+    def step():
+        x = torch.empty(1000)
+        y = x + 1
+        del x
+        z = y * 2
+        del y, z
+        torch.linalg.solve(torch.eye(100), torch.eye(100))
+
+    at_once = Clock("cpu").peak_bytes(step)
+    assert 3 * 40_000 <= at_once <= 6 * 40_000  # two arguments, and what LU takes inside
+    assert Clock("cpu").peak_bytes(lambda: [torch.empty(1000) for _ in range(3)] and None) == 12_000
+    assert cuda.clock.peak_bytes(step) == 0
+    assert cuda.clock.peak_bytes(step) == 50
+
+
+def test_the_device_alone_is_queued_while_it_sleeps(cuda, monkeypatch):
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    cuda.clock.__dict__["_sleep_rate"] = 1e6
+    assert cuda.clock.queued_seconds(lambda: None, 0.01) >= 0
+    assert slept == [20_000]
+    monkeypatch.setattr(Event, "query", lambda self: True)  # it has come to the step already
+    assert cuda.clock.queued_seconds(lambda: None, 0.01) is None
+    assert slept == [20_000] * 2 + [40_000, 80_000]
+    assert Clock("cpu").queued_seconds(lambda: None, 0.01) is None
+
+
+def test_the_report_folds_what_stands_beside_the_times():
+    base = {"chain": "cayley", "shape": [64, 64], "phase": "forward+backward"}
+    none = {"median_us": None, "timed": "none: it runs out of memory"}
+    host = {"median_us": 90.0, "host_median_us": 80.0}
+    graph = {"phase": "forward+backward, graph", "contender": "kernel", "timed": "graph replay"}
+    peer = {"median_us": 5131.8, "speedup_of_ours": 4.745, "constraint_error": 2.1e-7}
+    rows = [
+        base | host | {"contender": "composed", "peak_bytes": 131_328},
+        base | host | {"contender": "kernel", "peak_bytes": 82_256, "device_median_us": 12.0},
+        base | graph | {"median_us": 10.0, "host_median_us": 3.0},
+        base | peer | {"contender": "torch"},
+        base | peer | {"contender": "peft", "constraint_error": 0.37, "approximate": True},
+        base | none | {"contender": "geotorch"},
+    ]
+    lines = report._more(rows)
+    assert "| chain, shape | torch | peft |" in lines
+    assert "| cayley 64×64 | 5.13, 4.75×, 2e-07 | 5.13, 4.75×, ≈ 4e-01 |" in lines
+    assert "| chain, shape | composed | kernel |" in lines
+    assert "| cayley 64×64 | 0.131 | 0.0823 |" in lines
+    assert "| cayley 64×64 | 80 / – | 80 / 12 |" in lines
+    assert "| cayley 64×64, graph | – | 3 / 10 |" in lines
+    assert lines.count("</details>") == 3
+    assert report._more([{**base, "contender": "closed", "median_us": 1.0}]) == []
+
+
+def test_the_line_of_the_machine(monkeypatch):
+    versions = {"device": "H100", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"}
+    assert report._machine(versions) == "H100; torch 2.13.0, triton 3.9.0; commit abc."
+    more = {"driver": "570.1", "peers": {"geotorch": "0.4.0"}}
+    assert report._machine(versions | more) == (
+        "H100, driver 570.1; torch 2.13.0, triton 3.9.0, geotorch 0.4.0; commit abc."
+    )
+    found = SimpleNamespace(stdout="570.1\n570.1\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: found)
+    assert machine._driver() == "570.1"
+
+    def absent(*a, **k):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine._driver() is None
 
 
 def test_plots_show_what_the_rows_hold(tmp_path):

@@ -1,0 +1,198 @@
+"""The constrained weights of one row: ours, the baseline's and the peers', gated against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tritonparam as tp
+from benchmarks.cases import NORMS, ORTHOGONAL, Timed, least, torchs_bytes, torchs_own
+from benchmarks.clock import Clock, Sample, Step
+from benchmarks.peers import Peer, constraint_error, peers
+from tests.cases import composed, error, fused
+
+# Seconds: above the first nothing is compiled, and a baseline or a peer that takes longer than the
+# second is timed once.
+SLOW = 0.3
+ONCE = {"cpu": float("inf"), "cuda": 1.0}
+# The largest relative error of a value, or of a constraint, with which a peer is timed, unless it
+# is an approximation: torch's own exponentials are off by 5e-6.
+EXACT = 1e-4
+
+
+class Reader(NamedTuple):
+    """What reads the weights of modules: on which path, and the call."""
+
+    path: str
+    read: Callable[[], list[Tensor]]
+    parameters: list[nn.Parameter]
+
+
+def _reader(path: str, modules: list[nn.Module]) -> Reader:
+    parameters = [x for module in modules for x in module.parameters()]
+    return Reader(path, lambda: [module.weight for module in modules], parameters)
+
+
+def _value(reader: Reader) -> Tensor:
+    with tp.use_path(reader.path), torch.no_grad():
+        return reader.read()[0]
+
+
+class Weights:
+    """The constrained weights of one row: ours, and those of the baseline.
+
+    Attributes:
+        why_none: why there is no baseline, or the empty string.
+        once: its time where it is too slow to be timed again, known after `readers`.
+    """
+
+    def __init__(self, timed: Timed, clock: Clock) -> None:
+        torch.manual_seed(0)
+        self.timed, self.clock = timed, clock
+        case, norm = timed.case, NORMS.get(timed.name, 1.0)
+        self.originals = [
+            case.original(shape, norm, torch.float32).to(clock.device) for shape in timed.shapes
+        ]
+        self.gs = [torch.randn(shape, device=clock.device) for shape in timed.shapes]
+        self.modules = [case.module(x) for x in self.originals]
+        make = torchs_own(case)
+        self.why_none = self._no_room() if make else ""
+        self.once: Sample | None = None
+        self.theirs: list[nn.Module] = []
+        if not self.why_none:
+            self.theirs = [make(x) if make else case.module(x) for x in self.originals]
+
+    def _no_room(self) -> str:
+        need = sum(torchs_bytes(self.timed.name, shape) for shape in self.timed.shapes)
+        free = self.clock.free_bytes()
+        if need <= free:
+            return ""
+        return f"none: torch's n × n matrices take {need >> 30} GB of {free >> 30} GB"
+
+    def paths(self) -> list[str]:
+        """The fused paths that these weights have on this device."""
+        if self.clock.kind == "cpu":
+            return ["closed"]
+        with tp.use_path("kernel"):
+            rows = [tp.explain(module)[0] for module in self.modules]
+        return ["closed", "kernel"] if all(row.path == "kernel" for row in rows) else ["closed"]
+
+    def gate(self) -> dict[str, tuple[float, float]]:
+        """The largest errors of value and gradient by contender.
+
+        Fails where a fused one is not as good as torch.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        distinct = {g.shape: (m, g) for m, g in zip(self.modules, self.gs, strict=True)}
+        for module, g in distinct.values():
+            for name, errors in gate(module, g, self.paths()).items():
+                before = found.get(name, (0.0, 0.0))
+                found[name] = (max(before[0], errors[0]), max(before[1], errors[1]))
+        return found
+
+    def train(self) -> None:
+        """Put all into training mode, as what is timed."""
+        for module in (*self.modules, *self.theirs):
+            module.train()
+
+    def readers(self) -> dict[str, Reader]:
+        """What reads the weights, by contender."""
+        found: dict[str, Reader] = {}
+        sample = self._baseline()
+        if sample is not None:
+            found["composed"] = theirs = _reader("composed", self.theirs)
+            self.once = sample if sample.seconds > ONCE[self.clock.kind] else None
+            if sample.seconds < SLOW:
+                read = torch.compile(theirs.read, dynamic=False)
+                found["compiled"] = theirs._replace(read=read)
+        return found | {path: _reader(path, self.modules) for path in self.paths()}
+
+    def peers(self) -> list[Peer]:
+        """Those that do the same for one weight, if torch has the room for it."""
+        if len(self.originals) > 1 or self.why_none:
+            return []
+        return peers(self.timed.name, self.timed.shapes[0])
+
+    def gate_of(self, peer: Peer) -> tuple[Reader, dict[str, float]]:
+        """What reads a peer's weight; how far that is from the constraint, and from the chain."""
+        torch.manual_seed(0)
+        reader = _reader("composed", [peer.make(self.timed.case, self.originals[0]).train()])
+        return reader, self.constraint(reader) | self._distance(reader)
+
+    def constraint(self, reader: Reader) -> dict[str, float]:
+        """How far one weight is from its constraint."""
+        if len(self.originals) > 1:
+            return {}
+        found = constraint_error(self.timed.name, _value(reader))
+        return {} if found is None else {"constraint_error": found}
+
+    def _distance(self, reader: Reader) -> dict[str, float]:
+        if self.timed.name not in ORTHOGONAL:
+            return {}
+        exact = deepcopy(self.modules[0]).double()
+        y64 = _value(_reader("composed", [exact]))
+        return {"value_error": error(_value(reader), y64)}
+
+    def _baseline(self) -> Sample | None:
+        """Its second run, or None where there is no baseline, or too little memory for it."""
+        if self.why_none:
+            return None
+        step = into_grad(self, _reader("composed", self.theirs))
+        try:
+            step()
+            return self.clock.sample(step)
+        except torch.OutOfMemoryError:
+            self.theirs, self.why_none = [], "none: torch's runs out of memory"
+            return None
+
+    def floor(self) -> float:
+        """Seconds of the bytes and operations that all of them need."""
+        needs = [least(self.timed.name, shape) for shape in self.timed.shapes]
+        n_bytes, operations = (sum(column) for column in zip(*needs, strict=True))
+        return self.clock.floor(n_bytes, operations, self.timed.shapes[0][-1])
+
+
+def into_grad(weights: Weights, reader: Reader) -> Step:
+    """A step as in training: gradients go to ``.grad``, which is None before."""
+
+    def step() -> None:
+        with tp.use_path(reader.path):
+            drop(reader)
+            torch.autograd.backward(reader.read(), weights.gs)
+
+    return step
+
+
+def returned(weights: Weights, reader: Reader) -> Step:
+    """The same for a graph: gradients are returned, whatever stream the parameters came from."""
+
+    def step() -> object:
+        with tp.use_path(reader.path):
+            return torch.autograd.grad(reader.read(), reader.parameters, weights.gs)
+
+    return step
+
+
+def drop(reader: Reader) -> None:
+    """Let go of the gradients."""
+    for x in reader.parameters:
+        x.grad = None
+
+
+def gate(module: nn.Module, g: Tensor, paths: list[str]) -> dict[str, tuple[float, float]]:
+    """Errors of value and gradient, of torch's links and of ours, by path."""
+    # Matrix by matrix in fp64: batched LU on the CPU cannot be trusted there (pytorch #142815).
+    module = deepcopy(module).eval()
+    y64, dw64 = composed(module, g)
+    y32, dw32 = composed(module, g, torch.float32)
+    found = {"composed": (error(y32, y64), error(dw32, dw64))}
+    for path in paths:
+        y, dw = fused(module, g, path)
+        found[path] = (error(y, y64), error(dw, dw64))
+        for mine, theirs in zip(found[path], found["composed"], strict=True):
+            assert mine <= 3 * theirs + 5e-7, f"{path} is off by {mine:.1e}, torch by {theirs:.1e}"
+    return found
