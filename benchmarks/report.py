@@ -92,12 +92,12 @@ def _folded(
 
 
 def _peer(row: Row) -> str:
-    """Milliseconds, what ours gains over it, how far its weight is from the constraint."""
+    """Milliseconds, what ours gains over it, how far its weight is from the constraint, if any."""
     if row["median_us"] is None:
         return ""
     near = "≈ " if row.get("approximate") else ""
-    error = f"{near}{row['constraint_error']:.0e}"
-    return f"{_milliseconds(row['median_us'])}, {row['speedup_of_ours']:.2f}×, {error}"
+    error = row.get("constraint_error", row.get("value_error"))
+    return f"{_milliseconds(row['median_us'])}, {row['speedup_of_ours']:.2f}×, {near}{error:.0e}"
 
 
 def _megabytes(row: Row) -> str:
@@ -118,8 +118,8 @@ def _more(rows: list[Row]) -> list[str]:
     peers = tuple(peer.name for peer in PEERS)
     return [
         *_folded(
-            "Peers: ms, how much faster ours is, the weight's distance from its constraint (≈: an "
-            "approximation by design)",
+            "Peers: ms, how much faster ours is, the weight's distance from its constraint, or its "
+            "error where that is none (≈: an approximation by design)",
             "chain, shape",
             rows,
             peers,

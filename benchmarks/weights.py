@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonparam as tp
-from benchmarks.cases import NORMS, ORTHOGONAL, Timed, least, torchs_bytes, torchs_own
+from benchmarks.cases import NORMS, Timed, least, torchs_bytes, torchs_own
 from benchmarks.clock import Clock, Sample, Step
 from benchmarks.peers import Peer, constraint_error, peers
 from tests.cases import composed, error, fused
@@ -121,7 +121,7 @@ class Weights:
         """What reads a peer's weight; how far that is from the constraint, and from the chain."""
         torch.manual_seed(0)
         reader = _reader("composed", [peer.make(self.timed.case, self.originals[0]).train()])
-        return reader, self.constraint(reader) | self._distance(reader)
+        return reader, self.constraint(reader) | self._distance(reader, peer)
 
     def constraint(self, reader: Reader) -> dict[str, float]:
         """How far one weight is from its constraint."""
@@ -130,8 +130,8 @@ class Weights:
         found = constraint_error(self.timed.name, _value(reader))
         return {} if found is None else {"constraint_error": found}
 
-    def _distance(self, reader: Reader) -> dict[str, float]:
-        if self.timed.name not in ORTHOGONAL:
+    def _distance(self, reader: Reader, peer: Peer) -> dict[str, float]:
+        if self.timed.name in peer.other_map:
             return {}
         exact = deepcopy(self.modules[0]).double()
         y64 = _value(_reader("composed", [exact]))
