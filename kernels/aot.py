@@ -21,14 +21,16 @@ from tritonparam.kernels import (
     newton_schulz,
     spectral_norm,
     tall,
-    tall_expm,
+    tall_blocks,
+    tall_tile,
+    taylor,
     weight_norm,
 )
 
 # Every file of kernels that has some of its own.
 MODULES = (
     *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
-    *(tall, elimination, tall_expm),
+    *(tall, elimination, taylor, tall_blocks, tall_tile),
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical

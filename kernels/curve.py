@@ -81,3 +81,7 @@ def gradient(
     w = product(t, v, config.small, c=d, beta=0.5)
     w = product(bg, u.mT, config.small, alpha=-scale, c=w)
     return combine((g, u.mT), (x, v), (base, w), **numbers)
+
+
+# Of `moments` and `value`, and of `gradient_moments` and `gradient`, by whether there is a base.
+N_LAUNCHES = {False: (2, 2), True: (5, 5)}

@@ -54,7 +54,7 @@ def tall_cayley_bwd(
     x_flat, base_flat = _flat(x, base)
     g = flat(g, x.dtype)
     bg, pg = curve.gradient_moments(g, x_flat, base_flat, c, config)
-    th = product(m.mT, pg.mul(a).add_(bg), config.small, alpha=2.0)
+    th = product(m.mT, bg.add(pg, alpha=a), config.small, alpha=2.0)
     v = product(th, m.mT, config.small, alpha=-a * a, form="sum")  # a^2 (H + H^T)
     d = product(th, m.mT, config.small, alpha=a, form="difference")  # a (H^T - H)
     at = (g, x_flat, base_flat, t, bg)
@@ -68,3 +68,9 @@ def _present(saved: Saved) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def _flat(x: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return flat(x, x.dtype), None if base is None else flat(base, x.dtype)
+
+
+def n_launches(k: int, *, based: bool) -> tuple[int, int]:
+    """Of `tall_cayley_fwd` and `tall_cayley_bwd`: beside the curve's an inverse, three products."""
+    forward, backward = curve.N_LAUNCHES[based]
+    return forward + 1, backward + 3

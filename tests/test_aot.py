@@ -66,7 +66,8 @@ def test_every_configuration_is_compiled(rows):
         assert {f"{kind}_exp_{way}_{n}_fp32" for kind in KINDS for n in (8, 16, 32)} <= set(names)
     for form in ("skew", "lower", "triangle"):
         assert {f"inverse_{form}_{k}" for k in (32, 64)} <= set(names)
-    assert {"tall_expm_schedule_fp64", "tall_expm_rows_fp64"} <= set(names)
+    assert {"taylor_rows", "taylor_rows_scheduled", "tall_twice", "tall_columns"} <= set(names)
+    assert {f"tall_exp_{way}_fp32" for way in ("fwd_8", "fwd_16", "bwd_8")} <= set(names)
     for dtype in ("fp32", "fp64"):
         for sums in ("tall_gram_below", "tall_gram_unit", "tall_combine"):
             assert {f"{sums}_{k}_{dtype}" for k in (32, 64)} <= set(names)

@@ -147,11 +147,19 @@ def _columns(x: Tensor) -> int:
     return min(x.shape[-2:])
 
 
-def from_left_launches(orthogonal_map: str, x: Tensor) -> tuple[int, int] | None:
-    """How many kernels the map launches, forward and backward, where it is known."""
+def from_left_launches(
+    orthogonal_map: str, x: Tensor, *, based: bool = False
+) -> tuple[int, int] | None:
+    """How many kernels the map launches, forward and backward; of a tall x perhaps along a base."""
     if x.size(-1) != x.size(-2) or orthogonal_map == "householder":
-        return None
+        return _TALL[orthogonal_map].n_launches(tall(x), based=based)
     return expm.n_launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.n_launches(x)
+
+
+def _orthogonal_launches(links: Sequence[nn.Module], x: Tensor) -> tuple[int, int] | None:
+    link: Any = links[0]
+    based = getattr(link, "base", None) is not None and x.size(-1) != x.size(-2)
+    return from_left_launches(link.orthogonal_map, x, based=based)
 
 
 def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
@@ -274,7 +282,7 @@ RULES = (
         kernel_declines=_orthogonal_kernel_declines,
         size=_columns,
         measured_as=lambda links, x: _measured_as(cast(Any, links[0]).orthogonal_map, x),
-        launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map, x),
+        launches=_orthogonal_launches,
     ),
     Rule(
         name="torch_orthogonal",
@@ -301,9 +309,7 @@ RULES = (
         measured_as=lambda links, x: _measured_as(
             cast(Any, links[0]).orthogonal_map, _gates(links, x)
         ),
-        launches=lambda links, x: from_left_launches(
-            cast(Any, links[0]).orthogonal_map, _gates(links, x)
-        ),
+        launches=lambda links, x: _orthogonal_launches(links, _gates(links, x)),
     ),
     _SPECTRAL_NORM,
     replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),

@@ -38,6 +38,11 @@ class TallKernels:
         """The path to take; raises where use_path("kernel") asks for what they cannot do."""
         return registry.path(self.declines(x))
 
+    def n_launches(self, x: Tensor, *, based: bool) -> tuple[int, int]:
+        """How many kernels a forward and a backward pass launch, with or without a base."""
+        kernels = registry.kernels(self.file or self.name)
+        return kernels.n_launches(x.size(-1), based=based) if x.numel() else (0, 0)
+
     def forward(
         self, function: str, x: Tensor, base: Tensor | None, *numbers: float
     ) -> tuple[Tensor, Saved] | None:

@@ -25,6 +25,11 @@ def kernel_declines(x: Tensor) -> str:
     return _KERNELS.declines(x)
 
 
+def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch, with or without a base."""
+    return _KERNELS.n_launches(x, based=based)
+
+
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """V [..., n, k] and d [..., k]; the sign of zero is +1, of what is not finite NaN."""
     v = x.tril(-1)

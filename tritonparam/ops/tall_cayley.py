@@ -28,6 +28,11 @@ def kernel_declines(x: Tensor) -> str:
     return _KERNELS.declines(x)
 
 
+def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch, with or without a base."""
+    return _KERNELS.n_launches(x, based=based)
+
+
 def _system(c: Tensor, p: Tensor, a: float) -> Tensor:
     # S for Ω = C - Cᵀ
     s = a * a * (p.mT @ p) - a * (c - c.mT)

@@ -20,6 +20,11 @@ def kernel_declines(x: Tensor) -> str:
     return _KERNELS.declines(x)
 
 
+def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
+    """How many kernels a forward and a backward pass launch, with or without a base."""
+    return _KERNELS.n_launches(x, based=based)
+
+
 def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
     """E_top and E_bottom / b of exp([[Ω, -C/b], [b I, 0]]), C = PᵀP, [..., k, k] each.
 
