@@ -14,7 +14,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from tritonparam import cli
-from tritonparam.demos import rnn
+from tritonparam.demos import commands, gan, pair, rnn, shown, spd
+from tritonparam.demos.options import Options
 
 STEPS = 6
 SMALL = ["demo", "rnn", "--hidden", "16", "--steps", str(STEPS), "--batch", "32"]
@@ -44,20 +45,82 @@ def test_rnn_prints_both_runs_and_writes_a_plot(tmp_path):
 
 
 def test_rnn_trains_the_same_model_twice(tmp_path, capsys):
-    history = rnn.run(
-        hidden=16, steps=STEPS, batch=32, device="cpu", output=tmp_path / "plot.png", quiet=True
-    )
+    options = Options(tmp_path / "plot.png", STEPS, batch=32, lr=0.01, device="cpu", quiet=True)
+    history = rnn.run(options, hidden=16)
     composed, fused = history.runs["composed"], history.runs["fused"]
     assert composed.evaluations == {"composed": STEPS}
     assert fused.evaluations == {"closed": STEPS}
     assert (composed.path, fused.path) == ("composed", "closed")
-    assert rnn.loss_difference(history)[0] <= LOSS_TOLERANCE
-    assert composed.losses[-1] < composed.losses[0]
+    assert shown.loss_difference(history)[0] <= LOSS_TOLERANCE
+    assert composed.losses["training"][-1] < composed.losses["training"][0]
     assert len(composed.seconds) == len(fused.seconds) == STEPS
-    assert max(composed.defect, fused.defect) < 1e-4
+    assert max(composed.scores["defect"] + fused.scores["defect"]) < 1e-4
     printed = capsys.readouterr().out
     assert printed.startswith("A fused step takes ")
     assert "explain" not in printed
+
+
+def test_gan_trains_the_same_game_twice(tmp_path):
+    from matplotlib.image import imread
+
+    output = tmp_path / "plot.png"
+    small = ["--width", "8", "--steps", STEPS, "--batch", "16", "--device", "cpu"]
+    result = invoke("demo", "gan", *small, "--output", output)
+    assert result.exit_code == 0, result.output
+    # Four weights of the critic, read by a step of either player.
+    assert re.search(rf"^ composed +composed .* {2 * 4 * STEPS} composed ", result.output, re.M)
+    assert re.search(rf"^ fused +closed .* {2 * 4 * STEPS} closed ", result.output, re.M)
+    (apart,) = re.findall(r"samples for the same noise differ by at most (\S+)\.", result.output)
+    assert float(apart) <= 1e-9  # fp64: a few steps amplify its rounding a thousandfold
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
+    assert imread(output).std() > 0.05  # not a blank page
+
+
+def test_the_energy_distance_is_zero_between_samples_of_one_distribution():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (gan.points(2000, generator) for _ in range(2))
+    assert gan.distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert abs(gan.distance(x, y)) < 0.005
+    assert gan.distance(x, y + 1) > 0.5
+    assert float((torch.cdist(x, gan.centres()).amin(1) <= 3 * gan.SPREAD).double().mean()) > 0.98
+
+
+def test_spd_learns_the_same_distance_twice(tmp_path, capsys):
+    from matplotlib.image import imread
+
+    options = Options(tmp_path / "plot.png", 2 * STEPS, batch=64, lr=0.05, device="cpu")
+    history = spd.run(options)
+    composed, fused = history.runs["composed"], history.runs["fused"]
+    assert (composed.evaluations, fused.evaluations) == (
+        {"composed": 2 * STEPS},
+        {"closed": 2 * STEPS},
+    )
+    assert shown.loss_difference(history)[0] <= 1e-5
+    euclidean, *_, learned = fused.scores["accuracy"]
+    assert euclidean == pytest.approx(0.903, abs=1e-3)
+    assert learned > euclidean + 0.005
+    printed = capsys.readouterr().out
+    assert re.search(r"^ fused +closed .* 90\.3% +9\d\.\d%$", printed, re.M)
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+    assert imread(options.output).std() > 0.05  # not a blank page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("gan", "--width", "0"), "--width must be at least 1, got 0."),
+        (("gan", "--dtype", "float16"), "'float64', 'float32'"),
+        (("gan", "--steps", "0"), "--steps must be at least 1, got 0."),
+        (("spd", "--batch", "5000"), "--batch must be at most the 1437 training images, got 5000."),
+        (("spd", "--output", "plot.pdf"), "--output must be the name of a .png file"),
+    ],
+)
+def test_the_other_demos_name_a_bad_option(arguments, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("demo", *arguments)
+    assert result.exit_code == 2
+    assert why in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("orthogonal_map", list(rnn.MAPS))
@@ -67,18 +130,18 @@ def test_rnn_starts_from_the_same_rotations_with_every_map(orthogonal_map):
     assert not torch.equal(weights[0], torch.eye(7))
 
 
-def test_rnn_says_when_the_losses_come_apart():
+def test_a_demo_says_when_the_losses_come_apart():
     def history(*fused):
         runs = {
-            "composed": rnn.Run("composed", "", losses=[1.0, 1.0]),
-            "fused": rnn.Run("closed", "", losses=list(fused)),
+            "composed": pair.Run("composed", "", losses={"a": [1.0, 1.0], "b": [2.0, 2.0]}),
+            "fused": pair.Run("closed", "", losses={"a": list(fused), "b": [2.0, 2.0]}),
         }
-        return rnn.History(runs, [], "", "")
+        return pair.History(runs, [], "", "")
 
-    assert "came apart" not in rnn._losses_line(history(1.0, 1.000001))
-    assert "(at step 2)" in rnn._losses_line(history(1.0, 1.000001))
-    assert "came apart" in " ".join(rnn._losses_line(history(1.5, 1.0)).split())
-    assert "diverged" in rnn._losses_line(history(1.0, float("nan")))
+    assert "came apart" not in shown.losses_line(history(1.0, 1.000001))
+    assert "(at step 2)" in shown.losses_line(history(1.0, 1.000001))
+    assert "came apart" in " ".join(shown.losses_line(history(1.5, 1.0)).split())
+    assert "diverged" in shown.losses_line(history(1.0, float("nan")))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +173,8 @@ def test_rnn_names_a_bad_option(option, value, wanted, tmp_path, monkeypatch):
 
 
 def test_the_command_line_offers_the_maps_that_there_are():
-    assert [choice.value for choice in cli.Map] == list(rnn.MAPS)
+    assert [choice.value for choice in commands.Map] == list(rnn.MAPS)
+    assert [choice.value for choice in commands.DType] == list(gan.DTYPES)
 
 
 def test_demo_alone_lists_the_demos():
@@ -118,9 +182,11 @@ def test_demo_alone_lists_the_demos():
         result = invoke(*arguments)
         assert result.exit_code == 0
         assert re.search(r"^  rnn  +Read handwritten digits", result.output, re.M)
+        assert re.search(r"^  gan  +Learn eight clusters", result.output, re.M)
+        assert re.search(r"^  spd  +Learn the distance", result.output, re.M)
     unknown = invoke("demo", "gnu")
     assert unknown.exit_code == 2
-    assert "must be one of rnn, got 'gnu'" in unknown.output
+    assert "must be one of rnn, gan, spd, got 'gnu'" in unknown.output
 
 
 @pytest.mark.parametrize(

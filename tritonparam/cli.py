@@ -5,10 +5,8 @@ What a command runs is imported inside it, so that help and bad options are answ
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -16,14 +14,6 @@ try:
     import typer.core
 except ModuleNotFoundError:
     typer = None  # type: ignore[assignment]
-
-
-class Map(str, enum.Enum):
-    """The maps that make a weight orthogonal."""
-
-    cayley = "cayley"
-    exp = "exp"
-    householder = "householder"
 
 
 def main() -> None:
@@ -35,6 +25,7 @@ def main() -> None:
 
 def application() -> typer.Typer:
     """The commands, for ``main`` and for tests."""
+    from tritonparam.demos import commands
 
     class Commands(typer.core.TyperGroup):
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -56,7 +47,8 @@ def application() -> typer.Typer:
     app.command("tune")(tune)
     app.command("bench")(bench)
     app.command("explain")(explain)
-    demo.command("rnn")(demo_rnn)
+    for name in commands.NAMES:
+        demo.command(name)(getattr(commands, name))
     app.add_typer(demo, name="demo")
     return app
 
@@ -268,41 +260,3 @@ def _track(tasks: Sequence[Any]) -> Iterable[Any]:
     except ModuleNotFoundError:
         return tasks
     return track(tasks, "tuning", len(tasks), console=Console(stderr=True))
-
-
-def demo_rnn(
-    orthogonal_map: Annotated[
-        Map, typer.Option("--map", help="What makes the recurrent weight orthogonal.")
-    ] = Map.cayley,
-    hidden: Annotated[int, typer.Option(help="The size of the recurrent weight.")] = 128,
-    steps: Annotated[int, typer.Option(help="Training steps of each of the two runs.")] = 200,
-    batch: Annotated[int, typer.Option(help="Images per step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 0.01,
-    device: Annotated[
-        str | None, typer.Option(help="Where to train.  [default: cuda where there is one, or cpu]")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of the CPU.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the split, the weights and the batches.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("demo_rnn.png"),
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only print the last lines.")] = False,
-) -> None:
-    """Read handwritten digits pixel by pixel with an orthogonal RNN, composed and fused."""
-    from tritonparam.demos import rnn
-
-    try:
-        rnn.run(
-            orthogonal_map=orthogonal_map.value,
-            hidden=hidden,
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            device=device,
-            threads=threads,
-            seed=seed,
-            output=output,
-            quiet=quiet,
-        )
-    except rnn.BadOption as error:
-        raise typer.BadParameter(str(error)) from None
-    except rnn.MissingPackage as error:
-        sys.exit(f"tritonparam: {error}")

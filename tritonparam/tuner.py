@@ -11,16 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, info, registry, tables, trials
+from tritonparam import configs, info, registry, samples, tables, trials
 from tritonparam.declared import table
 from tritonparam.fuse import originals, parametrized_tensors, require_module
-from tritonparam.register import register_parametrization
-from tritonparam.rules import RULES
 from tritonparam.trials import Clock, Trial
 
 GAIN = 0.97  # what replaces the default takes at most this share of its time
 LARGEST_COMPOSED = 2048  # rows beyond which torch's n × n matrices are not waited for
-SQUARE = ("cayley", "skew_exp", "symmetric_exp", "matrix_exp")
 
 
 @dataclass(frozen=True)
@@ -141,17 +138,12 @@ def weight(chain: str, shape: Sequence[int], dtype: torch.dtype, device: str) ->
 
     Raises ValueError where there is no such chain, or its links take more than a shape to make.
     """
-    links = next((rule.chain for rule in RULES if rule.name == chain and chain in SQUARE), None)
-    if links is None:
+    if chain not in samples.SQUARE:
         raise ValueError(
-            f"tune: the chain must be one of {', '.join(SQUARE)}, got {chain!r}; "
+            f"tune: the chain must be one of {', '.join(samples.SQUARE)}, got {chain!r}; "
             "others are tuned with a model that has them."
         )
-    module = nn.Module()
-    random = torch.randn(*shape, device=device) / max(shape[-1], 1) ** 0.5
-    module.weight = nn.Parameter(random.to(dtype))
-    first, *more = (link() for link in links)
-    return register_parametrization(module, "weight", first, *more)
+    return samples.weight(chain, tuple(shape), dtype, device)
 
 
 def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
