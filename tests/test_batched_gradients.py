@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def batched(layer: nn.Module, second: bool) -> tuple[torch.Tensor, ...]:
         g = torch.randn(y.shape, generator=generator, dtype=y.dtype)
         y = torch.autograd.grad(y, xs, g, create_graph=True)[-1]
     gs = torch.randn(3, *y.shape, generator=generator, dtype=y.dtype)
-    return torch.autograd.grad(y, xs, gs, is_grads_batched=True)
+    return torch.autograd.grad(y, xs, gs.to(y.device), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -64,6 +65,22 @@ def test_batched_gradients_are_the_composed_chains(name):
         pairs = zip(batched(twin, second), batched(layer, second), strict=True)
         assert tp.stats() == {"kernel": 0, "closed": 1, "composed": 0}
         assert all(torch.allclose(x, y, rtol=0, atol=1e-12) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", ["cayley", "spectral_norm_1", "weight_norm"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_kernels_take_them_one_by_one(name, grouped, device):
+    pytest.importorskip("triton")
+    layer = LAYERS[name]().to(device)
+    model = nn.ModuleList([tp.fuse(layer), tp.fuse(copy.deepcopy(layer))])
+    with tp.use_path("closed"):
+        expected = batched(layer, False)
+    tp.stats(reset=True)
+    with tp.use_path("kernel"), tp.cached(model) if grouped else nullcontext():
+        found = batched(layer, False)
+    assert tp.stats() == {"kernel": 2 if grouped else 1, "closed": 0, "composed": 0}
+    for x, y in zip(found, expected, strict=True):
+        assert torch.allclose(x, y, rtol=0, atol=1e-12)
 
 
 def test_a_vectorized_jacobian_is_the_loops():

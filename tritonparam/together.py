@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from tritonparam import registry
 from tritonparam.autograd import EagerMap, Gradients, Saved
@@ -92,9 +93,11 @@ class _Together(torch.autograd.Function):
         saved = [graph.saved.pop(i) for i in reached]
         numbers = [graph.numbers[i] for i in reached]
         with no_autocast(some[0]):
-            if torch.is_grad_enabled():  # create_graph=True: as one by one
+            # create_graph=True, and what is batched: as one by one
+            if torch.is_grad_enabled() or any(map(is_legacy_batchedtensor, some)):
+                gradients = one.graph if torch.is_grad_enabled() else one.backward
                 calls = zip(some, saved, numbers, strict=True)
-                grads = [one.graph(g, kept, graph.dtypes[0], *rest) for g, kept, rest in calls]
+                grads = [gradients(g, kept, graph.dtypes[0], *rest) for g, kept, rest in calls]
             else:
                 grads = graph.grouped.backward(some, saved, graph.dtypes[0], numbers)
         by_value: list[Any] = [[None] * one.n_gradients] * len(gs)
