@@ -16,7 +16,8 @@ from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.gemm import candidates as product_candidates
 from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
-from tritonparam.kernels.mirror import skew, symmetric
+from tritonparam.kernels.mirror import launches as square_launches
+from tritonparam.kernels.mirror import skew_square, symmetric_square
 from tritonparam.kernels.tile import exponent, power_of_two
 
 # Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
@@ -127,12 +128,9 @@ def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, .
     w = w.reshape(-1, *w.shape[-2:])
     mu = None
     if sign == -1:
-        a = skew(w, config)
+        a, b = skew_square(w, config)
     else:
-        a = symmetric(w, config)
-        mu = a.diagonal(dim1=1, dim2=2).mean(-1).clamp(-500.0, 0.0)
-        a.diagonal(dim1=1, dim2=2).sub_(mu[:, None])
-    b = product(a, a, config, form="symmetric")
+        a, b, mu = symmetric_square(w, config)
     tiles = n_tiles(w.size(1), config, "symmetric")
     sums = torch.empty((w.size(0), tiles, 2), dtype=a.dtype, device=a.device)
     b2 = product(b, b, config, form="symmetric", sums=sums)
@@ -220,7 +218,7 @@ def expm_bwd(
 def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
     """Of `expm_fwd` and `expm_bwd`, in the compute dtype."""
     even, odd = EVEN_ODD[sign, dtype]
-    prepared = 5  # the mirror, A^2, A^4, A^3, the schedule
+    prepared = 4  # A with A^2, A^4, A^3, the schedule
     polynomial = len(even) // 2  # the blocks, and Horner's products
     series = 2 * (len(odd) - 1)
     rounds = (2 if sign == -1 else 1) * ROUNDS + ROUNDS - 1
@@ -287,7 +285,8 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
         "fwd": [("full", "tnn"), (kind, "tnt")],
         "bwd": [("sum", "tnt"), ("difference", "tnt")],
     }
-    return product_launches(config, compute_dtype(dtype), forms[phase])
+    rows = product_launches(config, compute_dtype(dtype), forms[phase])
+    return rows + (square_launches(config, dtype, kind) if phase == "fwd" else [])
 
 
 def shipped(backend: str) -> list[tuple]:

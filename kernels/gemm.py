@@ -69,6 +69,30 @@ def triangle(index):
     return index - j * (j + 1) // 2, j
 
 
+@triton.jit
+def store_pair(ptr, z, mirror, i, j, n, BLOCK: tl.constexpr):
+    """Tile (i, j) of an n x n matrix, stored by rows, and beside the diagonal its mirror image."""
+    r = tl.arange(0, BLOCK)[:, None]
+    c = tl.arange(0, BLOCK)[None, :]
+    row = i * BLOCK + r
+    col = j * BLOCK + c
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    tl.store(ptr + (row * n + col), z.to(dtype), mask=(row < n) & (col < n))
+    if i < j:
+        row = j * BLOCK + r
+        col = i * BLOCK + c
+        tl.store(ptr + (row * n + col), mirror.to(dtype), mask=(row < n) & (col < n))
+
+
+@triton.jit
+def store_sums(sums_ptr, z, diagonal, mask, times):
+    """The trace of a tile and `times` the sum of its squares, where the mask holds."""
+    z = tl.where(mask, z, 0.0)
+    trace = tl.sum(tl.sum(tl.where(diagonal, z, 0.0), axis=1), axis=0)
+    tl.store(sums_ptr, trace)
+    tl.store(sums_ptr + 1, tl.sum(tl.sum(z * z, axis=1), axis=0) * times)
+
+
 @triton.jit(do_not_specialize=["turn"])
 def _product_kernel(
     a_ptr,
@@ -181,23 +205,13 @@ def _product_kernel(
         above = row <= col if FORM == "symmetric_gradient" else row < col
         z = tl.where(above, z, 0.0)
     out_ptr += matrix * n_rows * n_cols
-    ACC_OUT: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + (row * n_cols + col), z.to(ACC_OUT), mask=mask)
-    if FORM != "full" and i < j:
-        mirror_row = j * BLOCK + tl.arange(0, BLOCK)[:, None]
-        mirror_col = i * BLOCK + tl.arange(0, BLOCK)[None, :]
-        mirror_mask = (mirror_row < n_rows) & (mirror_col < n_cols)
-        offset = mirror_row * n_cols + mirror_col
-        tl.store(out_ptr + offset, mirror.to(ACC_OUT), mask=mirror_mask)
+    if FORM == "full":
+        tl.store(out_ptr + (row * n_cols + col), z.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        store_pair(out_ptr, z, mirror, i, j, n_cols, BLOCK)
     if sums_ptr is not None:
-        z = tl.where(mask, z, 0.0)
-        squares = tl.sum(tl.sum(z * z, axis=1), axis=0)
-        if FORM != "full":
-            squares = tl.where(i < j, 2.0 * squares, squares)
-        trace = tl.sum(tl.sum(tl.where(row == col, z, 0.0), axis=1), axis=0)
-        sums_ptr += (matrix * n_tiles + index) * 2
-        tl.store(sums_ptr, trace)
-        tl.store(sums_ptr + 1, squares)
+        times = 1.0 if FORM == "full" else tl.where(i < j, 2.0, 1.0)
+        store_sums(sums_ptr + (matrix * n_tiles + index) * 2, z, row == col, mask, times)
 
 
 @dataclass(frozen=True)
@@ -265,8 +279,8 @@ def product(
         form: "full" is Z. For m = n, "symmetric" and "skew" compute its upper triangle and write
             the other as a mirror image. "sum" and "difference" are Z + Z^T and Z - Z^T.
             "symmetric_gradient", triu(Z + Z^T) with the diagonal of Z, and "skew_gradient",
-            triu(Z - Z^T, 1), are the gradients of `mirror.symmetric` and `mirror.skew`
-            where Z is that of what they return.
+            triu(Z - Z^T, 1), are the gradients of w in triu(w) + triu(w, 1)^T and in
+            triu(w, 1) - triu(w, 1)^T where Z is that of the result.
         first, turn: int32 [matrices]; a matrix is left alone while turn < first.
         rough: int32 [matrices]; where it is not zero, products of fp32 are plain TF32.
         sums: [matrices, n_tiles(n, config, form), 2], of out's dtype; receives the trace and the

@@ -11,7 +11,8 @@ from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.gemm import candidates as product_candidates
 from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype, launch
-from tritonparam.kernels.mirror import skew
+from tritonparam.kernels.mirror import launches as square_launches
+from tritonparam.kernels.mirror import skew_square
 
 # Enough for norms of X up to 3500, less what `_start_kernel` loses by its bound, at most a factor
 # of (n / 2)^(1/4) and half of that for normal entries. Even, so that the result is in q.
@@ -121,7 +122,8 @@ def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") ->
 def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
     forms = {"fwd": [("full", "tnn")], "bwd": [("full", "ntn"), ("skew_gradient", "tnt")]}
-    return product_launches(config, compute_dtype(dtype), forms[phase])
+    rows = product_launches(config, compute_dtype(dtype), forms[phase])
+    return rows + (square_launches(config, dtype, "skew") if phase == "fwd" else [])
 
 
 def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torch.Tensor:
@@ -139,12 +141,11 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     if q.numel() == 0:
         return q
     d = signature.reshape(-1, w.size(-1))
-    p = skew(w.reshape(-1, *w.shape[-2:]), config, diagonal=1.0)
-    q_flat = q.view_as(p)
-    n_matrices, n, _ = p.shape
-    sums = p.new_empty(n_matrices, n_tiles(n, config, "symmetric"), 2)
-    r = product(p.mT, p, config, form="symmetric", sums=sums)
-    y = torch.empty_like(p)
+    w = w.reshape(-1, *w.shape[-2:])
+    n_matrices, n, _ = w.shape
+    sums = q.new_empty(n_matrices, n_tiles(n, config, "symmetric"), 2)
+    p, r = skew_square(w, config, alpha=-1.0, gamma=1.0, sums=sums)  # P^T P = I - X^2
+    q_flat, y = q.view_as(p), torch.empty_like(p)
     factor = p.new_empty(n_matrices, ROUNDS)
     first, rough = torch.empty(2, n_matrices, dtype=torch.int32, device=p.device)
     options = _start_options(q.dtype)
@@ -199,9 +200,9 @@ def cayley_bwd(
     return dw
 
 
-# Of `cayley_fwd`: skew, P^T P, the start, two products a round and one in the last. And of
+# Of `cayley_fwd`: P with P^T P, the start, two products a round and one in the last. And of
 # `cayley_bwd`: two products.
-N_LAUNCHES = (3 + 2 * (ROUNDS - 1) + 1, 2)
+N_LAUNCHES = (2 + 2 * (ROUNDS - 1) + 1, 2)
 
 
 def _start_options(dtype: torch.dtype) -> dict:

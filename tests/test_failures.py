@@ -23,7 +23,7 @@ RESOURCES = OutOfResources(300_000, 232_448, "shared memory")
 CHAINS = {
     "cayley": (
         lambda n: tp.register_parametrization(linear(n), "weight", tp.Skew(), tp.CayleyMap()),
-        ("cayley", "_cayley_fwd_kernel", "_cayley_bwd_small_kernel"),
+        ("cayley", "cayley_fwd_kernel", "_cayley_bwd_small_kernel"),
     ),
     "skew_exp": (
         lambda n: tp.register_parametrization(

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from tritonparam.kernels.gemm import FORMS, Config, n_tiles, product, product_config
-from tritonparam.kernels.mirror import skew, symmetric
+from tritonparam.kernels.mirror import skew_square, symmetric_square
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = {
@@ -170,29 +170,85 @@ def test_every_grouping_covers_every_tile(group):
     close(found, a.double() @ b.double(), 8, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [1, 33, 64])
-def test_operands_from_the_upper_triangle(n, dtype):
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(33, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
+    + [(1, torch.float32), (70, torch.float64)],
+)
+def test_squares_from_the_upper_triangle(n, dtype):
     compute = torch.promote_types(dtype, torch.float32)
-    config = CONFIG[compute]
-    base = torch.randn(2, n + 1, 2 * n, device=DEVICE).to(dtype)
-    for w in (
-        base[:, :n, :n],
-        base[:, 1:, ::2],
-        base[:, :n, :n].mT,
-        base[:1, :n, n:].expand(2, n, n),
-    ):
+    config = replace(CONFIG[compute], block_k=16)  # two slices to a block
+    eps = torch.finfo(compute).eps
+    base = torch.randn(1, n + 1, 2 * n, device=DEVICE).to(dtype)
+    views = base[:, 1:, ::2], base[:, :n, :n].mT
+    eye = torch.eye(n, dtype=compute, device=DEVICE)
+    below = torch.ones(n, n, device=DEVICE).tril(-1) > 0
+    skewed = torch.where(below | (eye > 0), torch.nan, base[:, :n, :n])  # what is not read
+    for w in (views[0], skewed) if n == 33 else (skewed,):
         x = w.to(compute)
-        lower = torch.ones(n, n, device=DEVICE).tril() > 0
-        found = skew(torch.where(lower, torch.nan, w), config)
-        assert found.dtype == compute
+        x = x.triu(1) - x.triu(1).mT
+        found, square = skew_square(w, config)
+        assert found.dtype == square.dtype == compute
         assert found.is_contiguous()
-        assert torch.equal(found, x.triu(1) - x.triu(1).mT)
-        eye = torch.eye(n, dtype=compute, device=DEVICE)
-        assert torch.equal(skew(w, config, 1.0), eye + x.triu(1) - x.triu(1).mT)
-        found = symmetric(torch.where(lower.tril(-1), torch.nan, w), config)
-        assert torch.equal(found, x.triu() + x.triu(1).mT)
-    assert skew(base[:0, :n, :n], config).shape == (0, n, n)
+        assert torch.equal(found, x)
+        assert torch.equal(square, square.mT)
+        close(square, x.double() @ x.double(), 4 * n, compute)
+    mirrored = torch.where(below, torch.nan, base[:, :n, :n])
+    for w in (views[1], mirrored) if n == 33 else (mirrored,):
+        x = w.to(compute)
+        found, square, mu = symmetric_square(w, config)
+        mean = x.diagonal(0, 1, 2).double().mean(-1).clamp(-500, 0)
+        assert (mu - mean).abs().max() <= 8 * eps
+        x = x.triu() + x.triu(1).mT - mu[:, None, None] * eye
+        assert (found - x).abs().max() <= 8 * eps
+        assert torch.equal(square, square.mT)
+        close(square, x.double() @ x.double(), 4 * n, compute)
+    for found in (*skew_square(base[:0, :n, :n], config), *symmetric_square(base[:0], config)):
+        assert found.numel() == 0
+
+
+@dtypes
+@pytest.mark.parametrize("n", [1, 70])
+def test_squares_with_the_identity_and_their_sums(n, dtype):
+    config, eps = CONFIG[dtype], torch.finfo(dtype).eps
+    w = randn(2, n, n, dtype=dtype)
+    sums = torch.full(
+        (2, n_tiles(n, config, "symmetric"), 2), torch.nan, dtype=dtype, device=DEVICE
+    )
+    p, h = skew_square(w, config, alpha=-1.0, gamma=1.0, sums=sums)
+    eye = torch.eye(n, dtype=dtype, device=DEVICE)
+    assert torch.equal(p, eye + w.triu(1) - w.triu(1).mT)
+    assert torch.equal(h, h.mT)
+    close(h, p.double().mT @ p.double(), 4 * n, dtype)
+    h, found = h.double(), sums.double().sum(1)
+    squares, trace = h.square().sum((1, 2)), h.diagonal(0, 1, 2).sum(-1)
+    assert ((found[:, 0] - trace) / trace).abs().max() <= 70 * eps
+    assert ((found[:, 1] - squares) / squares).abs().max() <= 70 * eps
+
+
+@pytest.mark.parametrize("shift", [-3.0, 3.0, -1e4])
+def test_the_mean_of_the_diagonal_is_taken_off(shift):
+    n = 20
+    w = randn(2, n, n, dtype=torch.float32) + shift * torch.eye(n, device=DEVICE)
+    x, _, mu = symmetric_square(w, CONFIG[torch.float32])
+    mean = w.diagonal(0, 1, 2).double().mean(-1).clamp(-500, 0)
+    assert (mu - mean).abs().max() <= 4 * torch.finfo(torch.float32).eps * abs(shift)
+    assert torch.equal(x.diagonal(0, 1, 2), w.diagonal(0, 1, 2) - mu[:, None])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_squares_keep_nan_in_its_matrix(bad):
+    w = randn(3, 20, 20, dtype=torch.float32)
+    config = CONFIG[torch.float32]
+    clean = (*skew_square(w, config), *symmetric_square(w, config))
+    w[1, 0, 19] = bad
+    w[1, 5, 5] = bad  # no part of a skew matrix
+    for found, expected in zip(
+        (*skew_square(w, config), *symmetric_square(w, config)), clean, strict=True
+    ):
+        assert torch.equal(found[::2], expected[::2])
+        if found.dim() == 3:
+            assert not found[1, 0].isfinite().all()
 
 
 def test_default_configurations():
