@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from tests.cases import CASES, Case
 
@@ -129,9 +129,30 @@ def torchs_bytes(name: str, shape: tuple[int, ...]) -> int:
 
 def torchs_own(case: Case) -> Callable[[Tensor], nn.Module] | None:
     """Makes torch's module for an original, where that is the baseline."""
-    if case.name not in _TALL:
-        return None
-    return lambda original: torchs_orthogonal(original, ORTHOGONAL[case.name])
+    if case.name in _TALL:
+        return lambda original: torchs_orthogonal(original, ORTHOGONAL[case.name])
+    if case.name.endswith("_exp"):
+        return lambda original: torchs_exponential(case, original)
+    return None
+
+
+class Exponential(nn.Module):
+    """What one writes without our links, which take a lone matrix in a batch of two."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.argument = case.argument
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matrix_exp(self.argument(x) if self.argument else x)
+
+
+def torchs_exponential(case: Case, original: Tensor) -> nn.Module:
+    """A module whose weight is ``torch.matrix_exp`` of the argument that an original makes."""
+    module = nn.Module()
+    module.weight = nn.Parameter(original.detach().clone())
+    parametrize.register_parametrization(module, "weight", Exponential(case))
+    return module
 
 
 def torchs_orthogonal(original: Tensor, orthogonal_map: str) -> nn.Module:

@@ -1,10 +1,9 @@
 """Other code that does the job of a row with a parametrization of its own, where it is installed.
 
-torch's ``orthogonal`` (where it is not the baseline) and bare ``matrix_exp``, geotorch,
-torch-householder, and PEFT's orthogonal fine-tuning. Each is set to the same map of the same
-argument, so that its value is that of the row; geotorch's positive definite matrices are another
-map onto the same manifold. PEFT's default is five terms of the Neumann series of the Cayley map,
-which is near it for small norms.
+torch's ``orthogonal`` (where it is not the baseline), geotorch, torch-householder, and PEFT's
+orthogonal fine-tuning. Each is set to the same map of the same argument, so that its value is that
+of the row; geotorch's positive definite matrices are another map onto the same manifold. PEFT's
+default is five terms of the Neumann series of the Cayley map, which is near it for small norms.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from benchmarks.cases import ORTHOGONAL, signs, torchs_orthogonal
 from tests.cases import Case
@@ -33,23 +31,7 @@ def _argument(case: Case, original: Tensor) -> Tensor:
     return case.argument(original) * (2 if case.name == "cayley" else 1)
 
 
-class Exponential(nn.Module):
-    """What one would write without our links, which take a lone matrix in a batch of two."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.argument = case.argument
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.matrix_exp(self.argument(x) if self.argument else x)
-
-
 def _torch(case: Case, original: Tensor) -> nn.Module:
-    if case.name not in ORTHOGONAL:
-        module = nn.Module()
-        module.weight = nn.Parameter(original.detach().clone())
-        parametrize.register_parametrization(module, "weight", Exponential(case))
-        return module
     return torchs_orthogonal(_argument(case, original), ORTHOGONAL[case.name])
 
 
@@ -145,7 +127,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("torch", "torch", ("cayley", "skew_exp", "symmetric_exp", "matrix_exp"), _torch),
+    Peer("torch", "torch", ("cayley", "skew_exp"), _torch),
     Peer(
         name="geotorch",
         module="geotorch",
