@@ -78,9 +78,9 @@ def test_gan_trains_the_same_game_twice(tmp_path):
 
 def test_the_energy_distance_is_zero_between_samples_of_one_distribution():
     generator = torch.Generator().manual_seed(0)
-    x, y = (gan.points(2000, generator) for _ in range(2))
+    x, y = (gan.points(500, generator) for _ in range(2))
     assert gan.distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert abs(gan.distance(x, y)) < 0.005
+    assert abs(gan.distance(x, y)) < 0.02
     assert gan.distance(x, y + 1) > 0.5
     assert float((torch.cdist(x, gan.centres()).amin(1) <= 3 * gan.SPREAD).double().mean()) > 0.98
 

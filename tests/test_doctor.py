@@ -50,7 +50,7 @@ def broken_closed_form(monkeypatch, change):
     monkeypatch.setattr(tp.ops.cayley._skew_cayley, "forward", tp.ops.cayley._forward)
 
 
-def test_nothing_is_wrong_here(few):
+def test_nothing_is_wrong_here(few, no_kernels):
     result = invoke()
     assert result.exit_code == 0, result.output
     assert result.output.endswith("Nothing is wrong.\n")
