@@ -16,7 +16,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tritonparam.kernels import cayley, expm, expm_gemm, gemm, mirror, newton_schulz
+from tritonparam.kernels import (
+    cayley,
+    elimination,
+    expm,
+    expm_gemm,
+    gemm,
+    mirror,
+    newton_schulz,
+    tall,
+    tall_blocks,
+    tall_tile,
+    taylor,
+)
 from tritonparam.kernels import launch as launches
 from tritonparam.kernels.launch import launch
 
@@ -109,7 +121,8 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    for file in (cayley, expm, expm_gemm, gemm, mirror, newton_schulz):
+    of_tall = (tall, elimination, taylor, tall_blocks, tall_tile)
+    for file in (cayley, expm, expm_gemm, gemm, mirror, newton_schulz, *of_tall):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):
                 assert function.params == sorted(function.params, key=is_constant), function
