@@ -6,10 +6,13 @@ the diagonal of its first k rows, and P the rows below those. P is never made: i
 from those of X and B, which are exact in fp64.
 """
 
+import torch
 from torch import Tensor
 
+from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.gemm import product
 from tritonparam.kernels.tall import Config, combine, gram
+from tritonparam.kernels.tall import launches as tall_launches
 
 _BELOW = ("below", "below")
 
@@ -85,3 +88,13 @@ def gradient(
 
 # Of `moments` and `value`, and of `gradient_moments` and `gradient`, by whether there is a base.
 N_LAUNCHES = {False: (2, 2), True: (5, 5)}
+
+
+def launches(phase: str, chain: str, k: int, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches, with a base and without, as `cayley.launches`."""
+    forms = [("full", "tnn"), ("symmetric", "tnt")]
+    if phase == "bwd":
+        forms = [("full", "ntn"), ("sum", "tnt"), ("difference", "tnt")]
+    parts = (_BELOW, ("all", "all"))
+    rows = tall_launches(f"{phase}_{k}", dtype, config, *parts)
+    return rows + product_launches(config.small, torch.float64, forms)

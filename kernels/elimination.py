@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonparam.kernels.launch import launch
 from tritonparam.kernels.tall import load_part
 
 # "skew": I - a (C - C^T) + b G, or with "lower", of the part of C below the diagonal. "triangle":
@@ -42,6 +43,12 @@ def _entries(
         s = g * tl.full([], B, tl.float64) + tl.where(row == col, 1.0, 0.0)
         s -= (c - mirror) * tl.full([], A, tl.float64)
     return s
+
+
+@triton.jit
+def _load(ptr, row, col, n_cols):
+    """Of a matrix so small that offsets are int32."""
+    return tl.load(ptr + (row * n_cols + col), mask=(row < n_cols) & (col < n_cols), other=0.0)
 
 
 @triton.jit
@@ -117,22 +124,21 @@ def _inverse_kernel(
         first = step * PIVOTS
         last = first + PIVOTS
         p, p_col = first + pivot[:, None], first + pivot[None, :]
-        at = (n_cols, n_cols, n_cols, 1)
-        block = load_part(source_ptr, p, p_col, *at, "all")
+        block = _load(source_ptr, p, p_col, n_cols)
         block = _inverse_of_block(block, tl.minimum(n_cols - first, PIVOTS), PIVOTS)
         block += nan_everywhere
         for col0 in range(0, n_cols, BLOCK):
             j = col0 + col
             of_step = (j >= first) & (j < last)
-            r = load_part(source_ptr, p, j, *at, "all")
+            r = _load(source_ptr, p, j, n_cols)
             r = tl.where(of_step, tl.where(p == j, 1.0, 0.0), r)
             r = tl.dot(block, r, input_precision="ieee", out_dtype=tl.float64)
             for row0 in range(0, n_cols, BLOCK):
                 i = row0 + row
                 pivots = (i >= first) & (i < last)
-                x = load_part(source_ptr, i, j, *at, "all")
+                x = _load(source_ptr, i, j, n_cols)
                 x = tl.where(pivots | of_step, 0.0, x)
-                m = load_part(source_ptr, i, p_col, *at, "all")
+                m = _load(source_ptr, i, p_col, n_cols)
                 m = tl.where(pivots, tl.where(i == p_col, 1.0, 0.0), -m)
                 x = tl.dot(m, r, acc=x, input_precision="ieee", out_dtype=tl.float64)
                 tl.store(target_ptr + (i * n_cols + j), x, mask=(i < n_cols) & (j < n_cols))
@@ -154,7 +160,8 @@ def inverse(
     out = torch.empty(shape, dtype=torch.float64, device=gram.device)
     c_strides = (0, 0, 0) if c is None else c.stride()
     options = _options(n_cols, form, a, b)
-    _inverse_kernel[(n_matrices,)](gram, c, out, n_cols, *gram.stride(), *c_strides, **options)
+    strides = (*gram.stride(), *c_strides)
+    launch(_inverse_kernel, (n_matrices,), gram, c, out, n_cols, *strides, **options)
     return out[:, 0]
 
 

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from tritonparam.kernels.elimination import inverse
+from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.gemm import product
 from tritonparam.kernels.launch import compute_dtype
 from tritonparam.kernels.tall import Config, combine, flat, gram
+from tritonparam.kernels.tall import candidates as candidates
+from tritonparam.kernels.tall import launches as tall_launches
 
 Saved = tuple[Tensor, ...]
 
@@ -87,3 +90,11 @@ def _factors(x: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def n_launches(k: int, *, based: bool) -> tuple[int, int]:
     """Of `householder_fwd` and `householder_bwd`."""
     return (9, 7) if based else (4, 4)
+
+
+def launches(phase: str, chain: str, k: int, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches with a configuration, as `cayley.launches`."""
+    forms = [("full", "tnn")] if phase == "fwd" else [("full", "ntn"), ("symmetric", "tnt")]
+    parts = [("unit", "all")] if phase == "bwd" else [("unit", "unit"), ("unit", "all")]
+    rows = tall_launches(f"{phase}_{k}", dtype, config, *parts)
+    return rows + product_launches(config.small, torch.float64, forms)

@@ -4,14 +4,16 @@ The Gram matrix of a tall matrix squares its condition, so that what is made of 
 products of fp32 are exact there, and a GPU for computing has tensor cores for it.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
 
 from tritonparam.kernels import gemm
-from tritonparam.kernels.launch import compute_dtype
+from tritonparam.kernels.launch import NAME, compute_dtype, launch
 
 # What counts of an operand: all of it, what is below its first k rows, or, of reflectors, what is
 # below the diagonal, with ones on it.
@@ -220,20 +222,43 @@ def _combine_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Launch numbers of a tall map: tiles of its sums and products, and of k x k products."""
+    """Launch numbers of a tall map: of its sums and products, and of products of k x k matrices."""
 
     block: int
     block_rows: int
     num_warps: int
-    small: gemm.Config
+    small_block: int
+    small_block_k: int
+    small_num_warps: int
+    small_num_stages: int
+
+    @cached_property
+    def small(self) -> gemm.Config:
+        """That of the products of k x k matrices, in fp64."""
+        numbers = (self.small_num_warps, self.small_num_stages)
+        return gemm.Config(self.small_block, self.small_block_k, "ieee", *numbers)
 
 
 def config(k: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     """The default for n x k matrices; everything is computed in fp64, whatever the dtype."""
     small = gemm.product_config(4 * k, torch.float64, backend)  # the exponential has 4k x 4k
+    numbers = (small.block, small.block_k, small.num_warps, small.num_stages)
     if backend == "interpreter":  # one program after another: few and large ones
-        return Config(min(max(triton.next_power_of_2(k), 16), 64), 64, 1, small)
-    return Config(32 if k <= 32 else 64, 32, 8, small)
+        return Config(min(max(triton.next_power_of_2(k), 16), 64), 64, 1, *numbers)
+    # With 32 rows to a tile of 32 columns some sums spill, by triton 3.6 on sm_90.
+    return Config(32, 16, 8, *numbers) if k <= 32 else Config(64, 32, 8, *numbers)
+
+
+def candidates(phase: str, k: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for a phase of an n x k map, the default first."""
+    default = config(k, dtype, backend)
+    blocks = (32, 64) if k > 32 else (16, 32)
+    of_tall = itertools.product(blocks, (16, 32, 64), (4, 8))
+    others = [replace(default, block=b, block_rows=r, num_warps=w) for b, r, w in of_tall]
+    names = ("small_block", "small_block_k", "small_num_warps")
+    for numbers in itertools.product(blocks, (16, 32), (4, 8)):
+        others.append(replace(default, **dict(zip(names, numbers, strict=True))))
+    return list(dict.fromkeys([default, *others]))
 
 
 def flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -266,7 +291,9 @@ def gram(
     out = torch.empty(shape, dtype=torch.float64, device=lefts[0].device)
     operands = (*_two(lefts), *_two(rights))
     grid = (n_matrices * n_splits * n_pairs * triton.cdiv(n_cols, config.block) ** 2,)
-    _gram_kernel[grid](
+    launch(
+        _gram_kernel,
+        grid,
         *operands,
         out,
         n_rows,
@@ -307,7 +334,9 @@ def combine(
     out = torch.empty((n_matrices, n_rows, n_cols), dtype=dtype, device=terms[0][0].device)
     operands = [x for term in terms for x in term] + [None] * (6 - 2 * len(terms))
     tiles = triton.cdiv(n_rows, config.block_rows) * triton.cdiv(n_cols, config.block)
-    _combine_kernel[(n_matrices * tiles,)](
+    launch(
+        _combine_kernel,
+        (n_matrices * tiles,),
         *operands,
         c,
         top,
@@ -347,20 +376,31 @@ def _launch(config: Config) -> dict:
     return {"num_warps": config.num_warps, "num_stages": 2, "enable_fp_fusion": True}
 
 
-def shipped(backend: str) -> list[tuple]:
-    """Launches for compiling ahead of time, as `cayley.shipped`: with all operands at once."""
+def launches(
+    label: str, dtype: torch.dtype, config: Config, *parts: tuple[str, str]
+) -> list[tuple]:
+    """Sums of these parts, and a product with every operand, as in `cayley.launches`."""
+    name = NAME[compute_dtype(dtype)]
     rows: list[tuple] = []
-    for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-        for k in (32, 64):
-            numbers = config(k, dtype, backend)
-            types = dict.fromkeys(("a_ptr", "a2_ptr", "b_ptr", "b2_ptr"), f"*{name}")
-            for parts in (("below", "below"), ("unit", "all")):
-                row = f"tall_gram_{parts[0]}_{k}_{name}"
-                options = _gram_options(numbers, parts)
-                rows.append((row, _gram_kernel, types | {"out_ptr": "*fp64"}, options))
-            tall = ("a_ptr", "a2_ptr", "a3_ptr", "c_ptr", "out_ptr")
-            types = dict.fromkeys(tall, f"*{name}")
-            types |= dict.fromkeys(("u_ptr", "u2_ptr", "u3_ptr", "top_ptr", "signs_ptr"), "*fp64")
-            options = _combine_options(numbers, ("unit", "below"), 2.0, 2.0, -1.0, True)
-            rows.append((f"tall_combine_{k}_{name}", _combine_kernel, types, options))
-    return rows
+    types = dict.fromkeys(("a_ptr", "a2_ptr", "b_ptr", "b2_ptr"), f"*{name}")
+    for pair in parts:
+        row = f"tall_gram_{'_'.join(pair)}_{label}_{name}"
+        options = _gram_options(config, pair)
+        if pair != ("all", "all"):  # one sum at a time, of contiguous rows as a rule
+            options |= {"a2_ptr": None, "b2_ptr": None, "a_stride_col": 1, "b_stride_col": 1}
+        rows.append((row, _gram_kernel, types | {"out_ptr": "*fp64"}, options))
+    types = dict.fromkeys(("a_ptr", "a2_ptr", "a3_ptr", "c_ptr", "out_ptr"), f"*{name}")
+    types |= dict.fromkeys(("u_ptr", "u2_ptr", "u3_ptr", "top_ptr", "signs_ptr"), "*fp64")
+    options = _combine_options(config, ("unit", "below"), 2.0, 2.0, -1.0, True)
+    return [*rows, (f"tall_combine_{label}_{name}", _combine_kernel, types, options)]
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Launches of every default configuration."""
+    parts = [("all", "all"), ("below", "below"), ("unit", "unit"), ("unit", "all")]
+    return [
+        row
+        for dtype in (torch.float32, torch.float64)
+        for k in (32, 64)
+        for row in launches(str(k), dtype, config(k, dtype, backend), *parts)
+    ]

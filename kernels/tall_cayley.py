@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from tritonparam.kernels import curve
+from tritonparam.kernels.curve import launches as launches
 from tritonparam.kernels.elimination import inverse
 from tritonparam.kernels.gemm import product
 from tritonparam.kernels.launch import compute_dtype
 from tritonparam.kernels.tall import Config, flat
+from tritonparam.kernels.tall import candidates as candidates
 
 Saved = tuple[Tensor, ...]
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from tritonparam.kernels import curve, tall_blocks, tall_tile, taylor
+from tritonparam.kernels.curve import launches as launches
 from tritonparam.kernels.launch import compute_dtype
 from tritonparam.kernels.tall import Config, flat
+from tritonparam.kernels.tall import candidates as candidates
 
 Saved = tuple[Tensor, ...]
 

@@ -18,6 +18,7 @@ from triton.runtime import driver
 
 from tritonparam.kernels import (
     cayley,
+    elimination,
     expm,
     expm_gemm,
     gemm,
@@ -26,6 +27,10 @@ from tritonparam.kernels import (
     power_iteration,
     slices,
     spectral_norm,
+    tall,
+    tall_blocks,
+    tall_tile,
+    taylor,
     weight_norm,
 )
 from tritonparam.kernels import launch as launches
@@ -131,8 +136,9 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    files = (cayley, expm, expm_gemm, gemm, mirror, newton_schulz)
-    for file in (*files, slices, power_iteration, spectral_norm, weight_norm):
+    square = (cayley, expm, expm_gemm, gemm, mirror, newton_schulz)
+    of_tall = (tall, elimination, taylor, tall_blocks, tall_tile)
+    for file in (*square, *of_tall, slices, power_iteration, spectral_norm, weight_norm):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):
                 assert function.params == sorted(function.params, key=is_constant), function

@@ -70,7 +70,7 @@ def test_every_configuration_is_compiled(rows):
     assert {"taylor_rows", "taylor_rows_scheduled", "tall_twice", "tall_columns"} <= set(names)
     assert {f"tall_exp_{way}_fp32" for way in ("fwd_8", "fwd_16", "bwd_8")} <= set(names)
     for dtype in ("fp32", "fp64"):
-        for sums in ("tall_gram_below", "tall_gram_unit", "tall_combine"):
+        for sums in ("tall_gram_below_below", "tall_gram_unit_unit", "tall_combine"):
             assert {f"{sums}_{k}_{dtype}" for k in (32, 64)} <= set(names)
         assert f"newton_schulz_{dtype}" in names
         for form in FORMS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import configs, registry, tables, trials, tuner
+from tritonparam import configs, registry, samples, tables, trials, tuner
 from tritonparam.trials import Trial
 
 
@@ -137,7 +137,11 @@ def test_refusals(file, monkeypatch):
         tuner.static("cayley", 5000, torch.float32, "sm_90")
 
 
-SIZES = [(c, n) for c in tuner.SQUARE[:3] for n in (3, 16, 32, 48, 64, 200, 1000)]
+SIZES = [
+    (c, n)
+    for c in (*samples.SQUARE[:3], "tall_cayley", "tall_exp", "householder")
+    for n in (3, 16, 32, 48, 64, 200, 1000)
+]
 SIZES += [(c, n) for c in ("spectral_norm", "weight_norm") for n in (1, 64 * 27, 512 * 4608)]
 
 
@@ -145,6 +149,10 @@ SIZES += [(c, n) for c in ("spectral_norm", "weight_norm") for n in (1, 64 * 27,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_candidates_are_different_and_begin_with_the_default(chain, n, dtype):
     pytest.importorskip("triton")
+    if n == 1000 and chain in TALL:
+        with pytest.raises(ValueError, match=f"{chain} has no launch configurations .* n = 1000"):
+            trials.Problem(chain, n, dtype, "sm_90")
+        return
     for target in ("sm_90", "gfx942"):
         problem = trials.Problem(chain, n, dtype, target)
         found = trials.candidates(problem)
@@ -190,6 +198,44 @@ def test_kernels_are_launched_with_what_is_tried(file, monkeypatch):
     assert best.microseconds == pytest.approx(10 + 10 / 8)
     assert slow.block_matrices != 1
     assert [t.path for t in found.trials[-3:]] == ["closed", "composed", "kernel"]
+
+
+def test_tall_kernels_are_launched_with_what_is_tried(file, monkeypatch):
+    tall = pytest.importorskip("tritonparam.kernels.tall")
+    launched = []
+
+    def record(*args, config, **numbers):
+        launched.append(config)
+        return tall.combine(*args, config=config, **numbers)
+
+    monkeypatch.setattr(registry.kernels("curve"), "combine", record)
+
+    def measure(step):
+        launched.clear()
+        step()
+        if not launched:
+            return 1e-6
+        return 1e-5 * (3 - (launched[0].num_warps == 4)) - 1e-6 * (launched[-1].block_rows == 32)
+
+    candidates = tall.candidates
+
+    def some(*choice):
+        """The default, and those that differ from it in a number of warps, or rows."""
+        default, *others = candidates(*choice)
+        numbers = ({"num_warps": 4}, {"block_rows": 32})
+        return [default, *(c for c in others if c in [replace(default, **x) for x in numbers])]
+
+    monkeypatch.setattr(registry.kernels("tall_cayley"), "candidates", some)
+    monkeypatch.setattr(trials, "TURNS", 1)
+    monkeypatch.setattr(trials, "compiled", lambda found, problem: found)
+    layer = tp.orthogonal(torch.nn.Linear(2, 5), "weight", "cayley", use_trivialization=False)
+    layer = layer.to("cuda" if torch.cuda.is_available() else "cpu")
+    with tp.use_path("kernel"):
+        (found,) = tp.tune(layer, file=file, clock=measure)
+    best = min((t for t in found.trials if t.path == "kernel"), key=lambda t: t.microseconds)
+    assert best.config == {"fwd": {"num_warps": 4}, "bwd": {"block_rows": 32}}
+    assert best.microseconds == pytest.approx(19)
+    assert not any(trial.reason for trial in found.trials)
 
 
 def test_what_is_compiled_is_discarded_for_a_reason():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
@@ -334,3 +335,12 @@ RULES = (
         ),
     ),
 )
+
+# What tables call a chain, and the file whose launch configurations it is tuned with. The tall maps
+# have no chain of their own: they are what an orthogonal weight is measured as.
+KERNELS: dict[str, Callable[[int, torch.dtype], str]] = {
+    **{rule.name: rule.kernels for rule in RULES if rule.kernels(1, torch.float32)},
+    "tall_cayley": tall_cayley.kernel_file,
+    "tall_exp": tall_expm.kernel_file,
+    "householder": householder.kernel_file,
+}

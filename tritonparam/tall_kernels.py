@@ -38,6 +38,10 @@ class TallKernels:
         """The path to take; raises where use_path("kernel") asks for what they cannot do."""
         return registry.path(self.declines(x))
 
+    def kernel_file(self, k: int, dtype: torch.dtype) -> str:
+        """The file of kernels for k columns, or the empty string."""
+        return (self.file or self.name) if k <= self.max_k else ""
+
     def n_launches(self, x: Tensor, *, based: bool) -> tuple[int, int]:
         """How many kernels a forward and a backward pass launch, with or without a base."""
         kernels = registry.kernels(self.file or self.name)

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tritonparam import configs, registry, tables
 from tritonparam.info import compilers, first_line
 from tritonparam.reading import Reading
-from tritonparam.rules import RULES
+from tritonparam.rules import KERNELS
 
 Clock = Callable[[Callable[[], object]], float]
 PHASES = ("fwd", "bwd")
@@ -56,15 +56,14 @@ class Problem:
 
     def __post_init__(self) -> None:  # noqa: D105
         if not self._file():
-            known = (rule.name for rule in RULES if rule.kernels(1, torch.float32))
             raise ValueError(
                 f"tune: {self.chain} has no launch configurations to choose from at n = {self.n} "
                 f"in {str(self.dtype).removeprefix('torch.')}; the chains that have some are "
-                f"{', '.join(known)}."
+                f"{', '.join(KERNELS)}."
             )
 
     def _file(self) -> str:
-        return next((r.kernels(self.n, self.dtype) for r in RULES if r.name == self.chain), "")
+        return kernel_file(self.chain, self.n, self.dtype)
 
     def candidates(self, phase: str) -> list[Any]:
         """The configurations of a phase, the default first."""
@@ -77,6 +76,11 @@ class Problem:
         config = replace(self.candidates(phase)[0], **numbers)
         kernels = registry.kernels(self._file())
         return cast(list[tuple], kernels.launches(phase, self.chain, self.n, self.dtype, config))
+
+
+def kernel_file(chain: str, n: int, dtype: torch.dtype) -> str:
+    """The file of kernels with configurations to choose from, or the empty string."""
+    return KERNELS[chain](n, dtype) if chain in KERNELS else ""
 
 
 def candidates(problem: Problem) -> list[Trial]:

@@ -194,8 +194,9 @@ def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> 
     ways = [Trial("closed", {}), *composed]
     with configs.trying(None):
         on_kernels = not rule.kernel_declines(tuple(plist._modules.values()), *xs)
-    if on_kernels and rule.kernels(row["n"], x.dtype):
-        problem = trials.Problem(rule.name, row["n"], x.dtype, (info.present() or ("sm_90",))[0])
+    if on_kernels and trials.kernel_file(row["chain"], row["n"], x.dtype):
+        target = (info.present() or ("sm_90",))[0]
+        problem = trials.Problem(row["chain"], row["n"], x.dtype, target)
         launched = trials.candidates(problem)
         ways = (list(trials.compiled(launched, problem)) if x.is_cuda else launched) + ways
     elif on_kernels:

@@ -25,6 +25,11 @@ def kernel_declines(x: Tensor) -> str:
     return _KERNELS.declines(x)
 
 
+def kernel_file(k: int, dtype: torch.dtype) -> str:
+    """The file of kernels for k columns, or the empty string."""
+    return _KERNELS.kernel_file(k, dtype)
+
+
 def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch, with or without a base."""
     return _KERNELS.n_launches(x, based=based)
