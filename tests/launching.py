@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tritonparam.kernels import cayley, expm, expm_gemm, gemm, mirror, newton_schulz
+from tritonparam.kernels import cayley, expm, expm_gemm, expm_scratch, gemm, mirror, newton_schulz
 from tritonparam.kernels import launch as launches
 from tritonparam.kernels.launch import launch
 
@@ -109,7 +109,7 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    for file in (cayley, expm, expm_gemm, gemm, mirror, newton_schulz):
+    for file in (cayley, expm, expm_gemm, expm_scratch, gemm, mirror, newton_schulz):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):
                 assert function.params == sorted(function.params, key=is_constant), function

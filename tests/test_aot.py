@@ -50,6 +50,7 @@ def test_every_configuration_is_compiled(rows):
         assert {f"skew_{dtype}", f"symmetric_{dtype}"} <= set(names)
     for way in ("fwd", "bwd"):
         assert {f"{kind}_exp_{way}_{n}_fp32" for kind in KINDS for n in (8, 16, 32)} <= set(names)
+    assert {"skew_exp_fwd_64_fp32", "symmetric_exp_bwd_64_fp32"} <= set(names)
     for form in ("skew", "lower", "triangle"):
         assert {f"inverse_{form}_{k}" for k in (32, 64)} <= set(names)
     assert {"tall_expm_schedule_fp64", "tall_expm_rows_fp64"} <= set(names)
