@@ -16,6 +16,7 @@ from tritonparam.kernels import (
     elimination,
     expm,
     expm_gemm,
+    expm_scratch,
     gemm,
     mirror,
     newton_schulz,
@@ -30,7 +31,7 @@ from tritonparam.kernels import (
 # Every file of kernels that has some of its own.
 MODULES = (
     *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
-    *(tall, elimination, taylor, tall_blocks, tall_tile),
+    *(expm_scratch, tall, elimination, taylor, tall_blocks, tall_tile),
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical

@@ -88,6 +88,19 @@ def _argument(x, row, col, n_cols, same, diagonal, SLOT: tl.constexpr, SIGN: tl.
 
 
 @triton.jit
+def doublings(square, down, SIGN: tl.constexpr):
+    """How often A / 2^down, of norm 1 or less, can be doubled, up to `down`: `square` is the sum of
+    the squares of A^4, and the norm of what results is THETA at most.
+    """
+    if SIGN == -1:
+        square = square * 0.5
+    norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
+    # It is 8 at most, but of an infinite matrix, whose scale must leave the zeros beside it zero.
+    most = tl.minimum(down, 30)
+    return tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), most)
+
+
+@triton.jit
 def _scaled(a, n_cols, same, SLOT: tl.constexpr, SIGN: tl.constexpr, PRECISION: tl.constexpr):
     """A, A^2 and A^4 of A / 2^s, and s, the least with ||A^4||_F^(1/4) <= THETA 2^s.
 
@@ -100,13 +113,7 @@ def _scaled(a, n_cols, same, SLOT: tl.constexpr, SIGN: tl.constexpr, PRECISION: 
     a = a * power_of_two(-down)
     b = product(a, a, same, SLOT, PRECISION)
     b2 = product(b, b, same, SLOT, PRECISION)
-    square = sum_each(b2 * b2, same, SLOT)
-    if SIGN == -1:
-        square = square * 0.5
-    norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
-    # It is 8 at most, but of an infinite matrix, whose scale must leave the zeros beside it zero.
-    most = tl.minimum(down, 30)
-    up = tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), most)
+    up = doublings(sum_each(b2 * b2, same, SLOT), down, SIGN)
     scale = power_of_two(up)
     b = b * (scale * scale)
     b2 = b2 * (scale * scale) * (scale * scale)

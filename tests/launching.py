@@ -21,6 +21,7 @@ from tritonparam.kernels import (
     elimination,
     expm,
     expm_gemm,
+    expm_scratch,
     gemm,
     mirror,
     newton_schulz,
@@ -136,7 +137,7 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    square = (cayley, expm, expm_gemm, gemm, mirror, newton_schulz)
+    square = (cayley, expm, expm_gemm, expm_scratch, gemm, mirror, newton_schulz)
     of_tall = (tall, elimination, taylor, tall_blocks, tall_tile)
     for file in (*square, *of_tall, slices, power_iteration, spectral_norm, weight_norm):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):

@@ -25,6 +25,7 @@ FLOORS = {
     "kernels.expm": 0.2,
     "kernels.mirror": 0.25,
     "kernels.expm_gemm": 0.3,
+    "kernels.expm_scratch": 0.3,
     "kernels.tall": 0.3,
     "kernels.taylor": 0.31,
     "kernels.tall_blocks": 0.32,

@@ -15,7 +15,7 @@ from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
 from tritonparam.together import stacked
 
-_TILE_MAX_N = 32  # one program per matrix; beyond, and in fp64, sequences of products
+_TILE_MAX_N = 64  # one program per matrix; beyond, sequences of products
 _KERNEL_MAX_N = 4096
 _SIGN = {"skew": -1, "symmetric": 1}
 
@@ -34,7 +34,9 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
     """The file of kernels for n x n matrices, skew or symmetric, or the empty string."""
     if n > _KERNEL_MAX_N:
         return ""
-    return "expm" if n <= _TILE_MAX_N and dtype != torch.float64 else "expm_gemm"
+    if n > _TILE_MAX_N:
+        return "expm_gemm"
+    return "expm" if n <= 32 and dtype != torch.float64 else "expm_scratch"
 
 
 def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
 def _forward(w: Tensor, rounded: bool = False, *, kind: Kind) -> tuple[Tensor, Saved]:
     if registry.path(kernel_declines(w, kind)) == "kernel":
         kernels, sign, config = _kernels(w, kind, "fwd")
-        one_tile = kernel_file(w.size(-1), w.dtype) == "expm"
+        one_tile = w.size(-1) <= _TILE_MAX_N
         rounding = (w.dtype,) if rounded and one_tile else ()
         try:
             with torch.cuda.device_of(w):

@@ -1,0 +1,418 @@
+"""exp of a skew or symmetric matrix, n <= 64, and its gradient: one launch each, one program each.
+
+The algorithms are those of `expm`, for what does not fit into registers as a whole: fp32 above
+n = 32, and fp64. Every tile lies in memory of the program's own, which stays in the cache, and a
+product reads its factors from there in slices of BLOCK_K, so that no tile but its sum is in
+registers. What is alike is one product in a loop, with its tiles chosen by the turn: written out,
+the addresses of all products live at once, and spill.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from tritonparam.kernels.expm import EVEN_ODD, doublings
+from tritonparam.kernels.launch import NAME, compute_dtype, launch
+from tritonparam.kernels.tile import exponent, power_of_two
+
+
+@triton.jit
+def _slice(row0, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows [BLOCK_K, 1] and columns [1, BLOCK] of a slice of a tile, and its offsets there."""
+    row = row0 + tl.arange(0, BLOCK_K)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    return row, col, row * BLOCK + col
+
+
+@triton.jit
+def _times(
+    x_ptr, y_ptr, n_cols, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """x y of two tiles, and the offsets of its entries."""
+    row = tl.arange(0, BLOCK)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    z = tl.zeros([BLOCK, BLOCK], x_ptr.dtype.element_ty)
+    for k0 in range(0, n_cols, BLOCK_K):
+        x = tl.load(x_ptr + (row * BLOCK + (k0 + tl.arange(0, BLOCK_K)[None, :])))
+        y = tl.load(y_ptr + ((k0 + tl.arange(0, BLOCK_K)[:, None]) * BLOCK + col))
+        z = tl.dot(x, y, acc=z, input_precision=PRECISION, out_dtype=z.dtype)
+    return z, row * BLOCK + col
+
+
+@triton.jit
+def _put(ptrs, z):
+    """Write a tile that the whole program will read; none that this turn has read."""
+    tl.store(ptrs, z)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _of(k, x, y, z):
+    """x, y or z for k = 0, 1, 2."""
+    return tl.where(k == 0, x, tl.where(k == 1, y, z))
+
+
+@triton.jit
+def _argument(
+    w_ptr,
+    tile_ptr,
+    n_cols,
+    stride_row,
+    stride_col,
+    SIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Tile 0: A / 2^down, of norm 1 at most, A as in `expm`; returned are down and the shift mu."""
+    ACC: tl.constexpr = tile_ptr.dtype.element_ty
+    mu = tl.full([], 0.0, ACC)
+    if SIGN == 1:
+        i = tl.arange(0, BLOCK)
+        x = tl.load(w_ptr + i.to(tl.int64) * (stride_row + stride_col), mask=i < n_cols, other=0.0)
+        mu = tl.minimum(tl.maximum(tl.sum(x.to(ACC), axis=0) / n_cols, -500.0), 0.0)
+    largest = tl.full([], 0.0, ACC)
+    for row0 in range(0, BLOCK, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        above = tl.minimum(row, col).to(tl.int64) * stride_row
+        above += tl.maximum(row, col).to(tl.int64) * stride_col
+        inside = (row < n_cols) & (col < n_cols)
+        a = tl.load(w_ptr + above, mask=inside, other=0.0).to(ACC)
+        a = tl.where(row > col, a * SIGN, a)
+        a = tl.where(inside & (row == col), a - mu if SIGN == 1 else 0.0, a)
+        tl.store(tile_ptr + entry, a)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(a), axis=1), axis=0))
+    tl.debug_barrier()
+    largest = largest.to(tl.float32)
+    down = tl.minimum(tl.maximum(exponent(largest) + exponent(n_cols * 1.0), 0), 125)
+    nothing = largest - largest  # or NaN, of what is infinite, if only in fp32: it takes no rounds
+    down = tl.where(nothing == 0.0, down, 0)
+    scale = power_of_two(-down) + nothing
+    for row0 in range(0, BLOCK, BLOCK_K):
+        _, _, entry = _slice(row0, BLOCK, BLOCK_K)
+        tl.store(tile_ptr + entry, tl.load(tile_ptr + entry) * scale)
+    tl.debug_barrier()
+    return down, mu
+
+
+@triton.jit
+def _blocks(
+    tile_ptr,
+    n_cols,
+    down,
+    FACTOR: tl.constexpr,
+    SIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What c(B) + A s(B) is summed from, A scaled as by `expm`, times FACTOR.
+
+    Tile 0 is A, tile 2 A^4, tile 1 the block EVEN[0] I + ODD[0] A + EVEN[1] A^2 + ODD[1] A^3 and
+    tiles 3, 4, ... those that follow. Returned is s, the number of squarings.
+    """
+    AREA: tl.constexpr = BLOCK * BLOCK
+    ACC: tl.constexpr = tile_ptr.dtype.element_ty
+    for i in range(3):  # A^2, A^4 and A^3
+        x_ptr = tile_ptr + _of(i, 0, 1, 0) * AREA
+        y_ptr = tile_ptr + _of(i, 0, 1, 1) * AREA
+        z, entry = _times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        _put(tile_ptr + (i + 1) * AREA + entry, z)
+    square = tl.full([], 0.0, ACC)
+    for row0 in range(0, BLOCK, BLOCK_K):
+        _, _, entry = _slice(row0, BLOCK, BLOCK_K)
+        b2 = tl.load(tile_ptr + 2 * AREA + entry)
+        square += tl.sum(tl.sum(b2 * b2, axis=1), axis=0)
+    up = doublings(square.to(tl.float32), down, SIGN)
+    scale = power_of_two(up) * FACTOR
+    for row0 in range(0, BLOCK, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        ptrs = tile_ptr + entry
+        a = tl.load(ptrs) * scale
+        b = tl.load(ptrs + AREA) * (scale * scale)
+        b2 = tl.load(ptrs + 2 * AREA) * (scale * scale) * (scale * scale)
+        k = tl.load(ptrs + 3 * AREA) * (scale * scale * scale)
+        tl.store(ptrs, a)
+        tl.store(ptrs + 2 * AREA, b2)
+        for j in tl.static_range(0, len(EVEN), 2):
+            block = tl.where(row == col, tl.full([], EVEN[j], ACC), 0.0)
+            block += a * tl.full([], ODD[j], ACC) + b * tl.full([], EVEN[j + 1], ACC)
+            block += k * tl.full([], ODD[j + 1], ACC)
+            tl.store(ptrs + (1 if j == 0 else 2 + j // 2) * AREA, block)
+    tl.debug_barrier()
+    return down - up
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "w_stride", "w_stride_row", "w_stride_col"],
+    do_not_specialize_on_alignment=["w_ptr", "y_ptr"],
+)
+def _expm_fwd_kernel(
+    w_ptr,
+    y_ptr,
+    tile_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    w_stride_col,
+    SIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T (SIGN = -1) or triu(w) + triu(w, 1)^T (SIGN = 1)."""
+    AREA: tl.constexpr = BLOCK * BLOCK
+    STEPS: tl.constexpr = len(EVEN) // 2 - 1  # of Horner's scheme
+    matrix = tl.program_id(0).to(tl.int64)
+    w_ptr += matrix * w_stride
+    tile_ptr += matrix * ((STEPS + 4) * AREA)
+    strides = (w_stride_row, w_stride_col)
+    down, mu = _argument(w_ptr, tile_ptr, n_cols, *strides, SIGN, BLOCK, BLOCK_K)
+    left = _blocks(tile_ptr, n_cols, down, 1.0, SIGN, EVEN, ODD, BLOCK, BLOCK_K, PRECISION)
+    # e^mu is multiplied on before the last three squarings at most, as in `expm`.
+    last = tl.minimum(left, 3)
+    growth = tl.exp(mu * power_of_two(-last))
+    z_ptr = tile_ptr + (STEPS + 2) * AREA
+    free_ptr = tile_ptr + (STEPS + 3) * AREA
+    for i in range(STEPS + left):
+        polynomial = i < STEPS
+        x_ptr = tl.where(polynomial, tile_ptr + 2 * AREA, z_ptr)
+        z, entry = _times(x_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
+        z += tl.load(block_ptr + entry, mask=entry < tl.where(polynomial, AREA, 0), other=0.0)
+        if SIGN == 1:
+            z *= tl.where(i == STEPS - 1 + left - last, growth, 1.0)
+        _put(free_ptr + entry, z)
+        z_ptr, free_ptr = free_ptr, z_ptr
+    y_ptr += matrix * n_cols * n_cols
+    for row0 in range(0, n_cols, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        y = tl.load(z_ptr + entry)
+        if SIGN == 1:
+            y = 0.5 * (y + tl.load(z_ptr + (col * BLOCK + row)))
+        mask = (row < n_cols) & (col < n_cols)
+        tl.store(y_ptr + (row * n_cols + col), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("n_cols", "w_stride", "w_stride_row", "w_stride_col"),
+        *("g_stride", "g_stride_row", "g_stride_col"),
+    ],
+    do_not_specialize_on_alignment=["w_ptr", "g_ptr", "dw_ptr"],
+)
+def _expm_bwd_kernel(
+    w_ptr,
+    g_ptr,
+    dw_ptr,
+    tile_ptr,
+    n_cols,
+    w_stride,
+    w_stride_row,
+    w_stride_col,
+    g_stride,
+    g_stride_row,
+    g_stride_col,
+    SIGN: tl.constexpr,
+    EVEN: tl.constexpr,
+    ODD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dw from G: the triangle of H = int_0^1 exp(t A^T) G exp((1 - t) A^T) dt, as in `expm`.
+
+    With Z = exp(A^T / 2^(s + 1)), by Horner, X = G Z and M = Z X; then s rounds of Z <- Z^2,
+    X = M Z and M <- Z M + X; last the series of sinhc in commutators with A, by Horner too.
+    """
+    AREA: tl.constexpr = BLOCK * BLOCK
+    STEPS: tl.constexpr = len(EVEN) // 2 - 1
+    TERMS: tl.constexpr = len(ODD) - 1
+    ACC: tl.constexpr = tile_ptr.dtype.element_ty
+    matrix = tl.program_id(0).to(tl.int64)
+    w_ptr += matrix * w_stride
+    tile_ptr += matrix * ((STEPS + 5) * AREA)
+    strides = (w_stride_row, w_stride_col)
+    down, mu = _argument(w_ptr, tile_ptr, n_cols, *strides, SIGN, BLOCK, BLOCK_K)
+    # A^T / 2 = SIGN A / 2.
+    left = _blocks(tile_ptr, n_cols, down, 0.5 * SIGN, SIGN, EVEN, ODD, BLOCK, BLOCK_K, PRECISION)
+    last = tl.minimum(left, 3)
+    growth = tl.exp(mu * power_of_two(-last))
+    x_ptr = tile_ptr + AREA
+    fourth_ptr = tile_ptr + 2 * AREA
+    z_ptr = tile_ptr + (STEPS + 2) * AREA
+    z_next_ptr = tile_ptr + (STEPS + 3) * AREA
+    m_ptr = tile_ptr + (STEPS + 4) * AREA
+    m_next_ptr = fourth_ptr
+    g_ptr += matrix * g_stride
+    for row0 in range(0, BLOCK, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        inside = (row < n_cols) & (col < n_cols)
+        offset = row.to(tl.int64) * g_stride_row + col.to(tl.int64) * g_stride_col
+        g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
+        tl.store(m_ptr + entry, g)
+    for i in range(STEPS + 2 + 3 * left):
+        polynomial = i < STEPS
+        first = i < STEPS + 2
+        turn = tl.where(polynomial, 0, (i - STEPS + 1) % 3)  # of Z, X or M
+        done = (i - STEPS + 1) // 3  # rounds
+        left_ptr = _of(turn, tl.where(polynomial, fourth_ptr, z_ptr), m_ptr, z_ptr)
+        right_ptr = _of(turn, z_ptr, z_ptr, tl.where(first, x_ptr, m_ptr))
+        z, entry = _times(left_ptr, right_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        if SIGN == 1:
+            grown = tl.where(first, (turn == 2) & (left == 0), left - done + 1 == last)
+            z *= tl.where(grown, growth, 1.0)
+        block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
+        plus_ptr = tl.where(polynomial, block_ptr, x_ptr)
+        plus = polynomial | ((turn == 2) & (i > STEPS + 1))
+        z += tl.load(plus_ptr + entry, mask=entry < tl.where(plus, AREA, 0), other=0.0)
+        _put(_of(turn, z_next_ptr, x_ptr, m_next_ptr) + entry, z)
+        z_from, z_to = z_ptr, z_next_ptr
+        z_ptr = tl.where(turn == 0, z_to, z_from)
+        z_next_ptr = tl.where(turn == 0, z_from, z_to)
+        m_from, m_to = m_ptr, m_next_ptr
+        m_ptr = tl.where(turn == 2, m_to, m_from)
+        m_next_ptr = tl.where(turn == 2, m_from, m_to)
+    t_ptr = m_next_ptr
+    for row0 in range(0, BLOCK, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        t = tl.load(m_ptr + entry) + SIGN * tl.load(m_ptr + (col * BLOCK + row))
+        tl.store(t_ptr + entry, t * power_of_two(-left) * (0.5 if SIGN == 1 else 1.0))
+    tl.debug_barrier()
+    h_ptr = t_ptr
+    for i in range(2 * TERMS):
+        outer = i % 2 == 1
+        factor = tl.full([], 1.0, ACC)
+        for j in tl.static_range(TERMS):
+            ratio = tl.full([], ODD[TERMS - j] / ODD[TERMS - j - 1], ACC)
+            factor = tl.where(i == 2 * j + 1, ratio, factor)
+        z, entry = _times(tile_ptr, h_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        z = (z + tl.trans(z) * tl.where(outer, SIGN, -1)) * factor
+        z += tl.load(t_ptr + entry, mask=entry < tl.where(outer, AREA, 0), other=0.0)
+        h_ptr = tl.where(outer, m_ptr, x_ptr)
+        _put(h_ptr + entry, z)
+    dw_ptr += matrix * n_cols * n_cols
+    for row0 in range(0, n_cols, BLOCK_K):
+        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        dw = tl.load(h_ptr + entry)
+        if SIGN == 1:
+            dw = tl.where(row < col, 2.0 * dw, tl.where(row == col, dw, 0.0))
+        else:
+            dw = tl.where(row < col, dw, 0.0)
+        mask = (row < n_cols) & (col < n_cols)
+        tl.store(dw_ptr + (row * n_cols + col), dw.to(dw_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch numbers of the forward or the backward."""
+
+    block: int
+    block_k: int
+    precision: str
+    num_warps: int
+    num_stages: int = 1
+
+
+def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
+    """The default for n x n matrices, computed in `dtype`, fp32 or fp64.
+
+    hip does not compile tf32x3; the interpreter takes each product whole.
+    """
+    block = max(16, triton.next_power_of_2(n))
+    block_k = block if backend == "interpreter" else 16
+    wide = dtype == torch.float64 or backend == "hip"
+    return Config(block, block_k, "ieee" if wide else "tf32x3", {16: 1, 32: 4, 64: 8}[block])
+
+
+def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
+    """Configurations to measure for "fwd" or "bwd" of n x n matrices, the default first."""
+    default = config(n, dtype, backend)
+    others = [replace(default, num_warps=warps) for warps in (1, 2, 4, 8)]
+    others.append(replace(default, num_stages=2))
+    if default.block > 16:
+        others += [replace(default, block_k=32, num_warps=warps) for warps in (4, 8)]
+    return list(dict.fromkeys([default, *others]))
+
+
+def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[()]:
+    """What `expm_bwd` needs beside `w`: nothing."""
+    return ()
+
+
+def expm_fwd(
+    w: torch.Tensor, sign: int, config: Config, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, tuple[()]]:
+    """exp(A), A = triu(w, 1) - triu(w, 1)^T for sign -1, triu(w) + triu(w, 1)^T for sign 1.
+
+    `w` is [..., n, n], n <= 64, of any strides. The result is new and contiguous, computed in
+    `torch.promote_types(w.dtype, torch.float32)` and rounded to `dtype`, None for that one; beside
+    it stands what `prepare` returns.
+    """
+    y = torch.empty(w.shape, dtype=dtype or compute_dtype(w.dtype), device=w.device)
+    if y.numel():
+        w = w.reshape(-1, *w.shape[-2:])
+        tiles, options = _tiles(w, 4, sign, config), _options(config, sign, compute_dtype(w.dtype))
+        launch(_expm_fwd_kernel, (w.size(0),), w, y, tiles, w.size(1), *w.stride(), **options)
+    return y, ()
+
+
+def expm_bwd(
+    g: torch.Tensor, w: torch.Tensor, saved: tuple[()], sign: int, config: Config
+) -> torch.Tensor:
+    """The gradient of `w`, in its dtype, from `g` [..., n, n], that of the result.
+
+    `g` is in the dtype of `w` or in that of computation, of any strides.
+    """
+    dw = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    if dw.numel():
+        w, g = w.reshape(-1, *w.shape[-2:]), g.reshape(-1, *g.shape[-2:])
+        tiles, options = _tiles(w, 5, sign, config), _options(config, sign, compute_dtype(w.dtype))
+        sizes = (w.size(1), *w.stride(), *g.stride())
+        launch(_expm_bwd_kernel, (w.size(0),), w, g, dw, tiles, *sizes, **options)
+    return dw
+
+
+def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of `expm_fwd` and `expm_bwd`."""
+    return 1, 1
+
+
+def _tiles(w: torch.Tensor, more: int, sign: int, config: Config) -> torch.Tensor:
+    """Memory of each program: a tile for each step of Horner's scheme and some more."""
+    dtype = compute_dtype(w.dtype)
+    steps = len(EVEN_ODD[sign, dtype][0]) // 2 - 1
+    shape = (w.size(0), steps + more, config.block, config.block)
+    return torch.empty(shape, dtype=dtype, device=w.device)
+
+
+def _options(config: Config, sign: int, dtype: torch.dtype) -> dict:
+    even, odd = EVEN_ODD[sign, dtype]
+    options = {"SIGN": sign, "EVEN": even, "ODD": odd, "BLOCK": config.block}
+    options |= {"BLOCK_K": config.block_k, "PRECISION": config.precision}
+    options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options | {"enable_fp_fusion": True}
+
+
+def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
+    """What a phase launches, for compiling ahead of time, as in `cayley.launches`."""
+    compute = compute_dtype(dtype)
+    options = _options(config, -1 if chain == "skew_exp" else 1, compute)
+    row = f"{chain}_{phase}_{n}_{NAME[dtype]}"
+    kernel, pointers = _expm_fwd_kernel, ("w_ptr", "y_ptr")
+    if phase == "bwd":
+        kernel, pointers = _expm_bwd_kernel, ("w_ptr", "g_ptr", "dw_ptr")
+    types = dict.fromkeys(pointers, f"*{NAME[dtype]}") | {"tile_ptr": f"*{NAME[compute]}"}
+    return [(row, kernel, types, options)]
+
+
+def shipped(backend: str) -> list[tuple]:
+    """Default launches: each kernel and each kind once, since compiling one takes seconds."""
+    default = config(64, torch.float32, backend)
+    forward = launches("fwd", "skew_exp", 64, torch.float32, default)
+    return forward + launches("bwd", "symmetric_exp", 64, torch.float32, default)
