@@ -33,10 +33,12 @@ class Config:
 
     Attributes:
         elements: in a tile.
-        num_warps: for a tile of whole contiguous rows, or of parts of columns.
+        num_warps: for a tile of whole contiguous rows that begin at multiples of 16, or of parts
+            of columns.
         more_warps: for any other; with fewer its addresses do not fit into the registers.
         max_row: the longest contiguous row that one program holds on chip; others end at
             `elements`.
+        max_odd_row: the same of rows whose length is no multiple of 16.
         max_programs: over which a tensor is spread where its programs leave partial sums.
         max_tensors: in one launch.
     """
@@ -45,6 +47,7 @@ class Config:
     num_warps: int = 4
     more_warps: int = 8
     max_row: int = 16384
+    max_odd_row: int = 8192
     max_programs: int = 512
     max_tensors: int = 16
 
@@ -95,7 +98,9 @@ class Launch(NamedTuple):
 
 def default_config(dtype: torch.dtype) -> Config:
     """The default for tensors of this dtype."""
-    return Config(num_warps=8, max_row=4096) if dtype == torch.float64 else Config()
+    if dtype == torch.float64:
+        return Config(num_warps=8, max_row=4096, max_odd_row=64)
+    return Config()
 
 
 def default_of_size(n: int, dtype: torch.dtype) -> Config:
@@ -110,9 +115,10 @@ def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") ->
     others = [
         replace(default, elements=e, num_warps=w, more_warps=m)
         for e, w, m in tiles
-        if w * default.max_row // e <= 32  # warps of the longest row
+        if w * default.max_row // e <= 16  # warps of the longest row
     ]
     others += [replace(default, max_row=n) for n in (default.elements, default.max_row // 2)]
+    others.append(replace(default, max_odd_row=default.elements))
     others += [replace(default, max_programs=n) for n in (128, 256, 1024)]
     return list(dict.fromkeys([default, *others]))
 
@@ -133,8 +139,11 @@ def blocks(shape: Sequence[int], config: Config, *, whole: bool) -> Blocks:
     unit = UNIT if inner % UNIT == 0 else 1
     size = config.elements
     longest = {"rows": config.max_row, "columns": 64, "mixed": size}[layout]
+    odd = layout == "rows" and unit == 1
+    if odd:
+        longest = config.max_odd_row
     whole = whole and n_cols <= longest
-    few = (layout, whole) in (("rows", True), ("columns", False))
+    few = (layout, whole) in (("rows", True), ("columns", False)) and not odd
     warps = config.num_warps if few else config.more_warps
     if layout == "columns" or n_cols <= 64:
         rows, cols = size // 64, 64
@@ -143,7 +152,7 @@ def blocks(shape: Sequence[int], config: Config, *, whole: bool) -> Blocks:
     else:
         rows, cols = 1, size
     if whole and cols < n_cols:
-        cols, warps = config.max_row, warps * config.max_row // size
+        cols, warps = longest, warps * longest // size
     return Blocks(layout, unit, rows, cols, warps, whole)
 
 
@@ -296,9 +305,9 @@ def dots_row(block: Blocks, dtype: torch.dtype, length: int) -> tuple:
 
 def shipped_shapes() -> list[tuple[torch.dtype, tuple[int, int, int], int]]:
     """Shapes, with a number of tensors, that meet nearly every tile in fp32, some in others."""
-    fp32 = [(1, 64, n) for n in (32, 4096, 16384, 32768)]
+    fp32 = [(1, 64, n) for n in (27, 8191, 16384, 32768)]
     fp32 += [(1, 1, 32768), (128, 64, 1), (4096, 64, 16)]
     rows = [(torch.float32, shape, 1) for shape in fp32]
-    rows += [(torch.float32, (1, 64, 32768), 16), (torch.float16, (1, 64, 512), 1)]
+    rows += [(torch.float32, (1, 64, 32768), 16), (torch.float16, (1, 64, 500), 1)]
     rows += [(torch.bfloat16, (1, 64, 32768), 1)]
-    return rows + [(torch.float64, (1, 64, n), 1) for n in (4096, 32768)]
+    return rows + [(torch.float64, (1, 64, n), 1) for n in (27, 4096, 32768)]

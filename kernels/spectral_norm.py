@@ -1,10 +1,9 @@
 """Spectral norm of many tensors and its gradient.
 
-Three launches where it iterates once, since sigma needs a sum over all programs before any of them
-can divide by it: the parts of W^T t, their sum, the division. Two are not enough for a fixed order
-of summation without a barrier across the grid. A program that divides would have to add up the
-parts itself, which are as large as W for every 64 of its rows or fewer; and of sigma^2, the sum of
-<p, p'> over all pairs of parts, the kernel that makes the parts knows those with p = p' only.
+Three launches where it iterates once: the parts of W^T t, their sum, the division. Without a
+barrier across the grid and with sums in a fixed order two are not enough: a program that divides
+would have to add up the parts itself, up to a quarter of W; and of sigma^2, the sum of <p, p'> over
+all pairs of parts, the kernel that makes the parts knows those with p = p' only.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ SHAPES = [
     (41, 9, 16),
 ]
 # Tiles so small that these shapes fill several, on several programs.
-SMALL = Config(elements=256, max_row=512, max_programs=6, max_tensors=2)
+SMALL = Config(elements=256, max_row=512, max_odd_row=512, max_programs=6, max_tensors=2)
 
 
 @pytest.fixture(autouse=True)

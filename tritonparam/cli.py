@@ -144,7 +144,8 @@ def tune(
         list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
     ] = None,
     n: Annotated[
-        list[int] | None, typer.Option("--n", help="Its size, n of n×n; may be repeated.")
+        list[int] | None,
+        typer.Option("--n", help="Its size, n of n×n, or a norm's n numbers; may be repeated."),
     ] = None,
     batch: Annotated[int, typer.Option(help="How many matrices.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the originals.")] = "float32",

@@ -154,7 +154,7 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
 
     Arguments:
         chain: the name of a chain with launch configurations, as "cayley".
-        n: of matrices n × n.
+        n: of matrices n × n; of norms the numbers of the original.
         dtype: of the original.
         target: as "sm_90" or "gfx942".
 
