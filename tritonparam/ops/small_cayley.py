@@ -7,13 +7,15 @@ three times as many operators.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritonparam import registry
-from tritonparam.autograd import EagerMap, Gradients, Saved
-from tritonparam.numerics import cast, compute_dtype, no_autocast
+from tritonparam.autograd import EagerMap, Gradients
+from tritonparam.numerics import cast, compute_dtype
 
 _MAX_N = 32  # rows; beyond, the operators' own time counts
 
@@ -29,30 +31,47 @@ def is_small(x: Tensor) -> bool:
     )
 
 
-def _forward(x: Tensor, k: int) -> tuple[Tensor, Saved]:
+def _map(x: Tensor) -> Tensor:
     """Q [..., n, n], by rows."""
-    registry.count("closed")
     lower = x.tril(-1)
-    if rest := x.size(-2) - k:
-        lower = F.pad(lower, (0, rest))
+    if x.size(-2) != x.size(-1):
+        lower = F.pad(lower, (0, x.size(-2) - x.size(-1)))
     b = lower.mT - lower
     b.diagonal(0, -2, -1).fill_(2)
     # 2I - A is b and 2I + A its transpose; Qᵀ is solved for, whose columns are the rows of Q.
-    q = torch.linalg.solve_ex(b.mT, b)[0].mT
-    return q, (q,)  # and nothing of X, which may be written to before the backward pass
+    return torch.linalg.solve_ex(b.mT, b)[0].mT
 
 
-def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, k: int) -> Gradients:
-    # dL = tril(Z - Zᵀ, -1) with Z = E G E, E = (Q + I)ᵀ/2. Differentiable.
-    (q,) = saved
+def _forward(x: Tensor, base: Tensor | None) -> tuple[Tensor, tuple[Any, ...]]:
+    registry.count("closed")
+    q = _map(cast(x, compute_dtype(x.dtype)))
+    k = x.size(-1)
+    first = q if k == q.size(-1) else q[..., :k]
+    y = first.contiguous() if base is None else cast(base, q.dtype) @ first
+    return y, (x, base, q)
+
+
+def _backward(g: Tensor, saved: tuple[Any, ...], dtype: torch.dtype) -> Gradients:
+    # dL = tril(Z - Zᵀ, -1) with Z = E H E, E = (Q + I)ᵀ/2, H = [baseᵀ G, 0]. Differentiable.
+    _, base, q = saved
+    k = g.size(-1)
     e = q / 2
     e.diagonal(0, -2, -1).add_(0.5)
-    z = e.mT @ (g @ e.mT)
-    dl = (z - z.mT).tril_(-1)
-    return (dl if k == dl.size(-1) else dl[..., :k],)
+    e = e.mT
+    h = cast(g, q.dtype) if base is None else cast(base, q.dtype).mT @ cast(g, q.dtype)
+    if k == q.size(-1):
+        z = e @ (h @ e)
+        return ((z - z.mT).tril_(-1),)
+    z = e @ (h @ e[..., :k, :])
+    return ((z[..., :k] - z[..., :k, :].mT).tril_(-1),)
 
 
-_cayley = EagerMap(_forward, _backward, _backward, n_tensors=1)
+def _graph(g: Tensor, saved: tuple[Any, ...], dtype: torch.dtype) -> Gradients:
+    x, base, _ = saved
+    return _backward(g, (x, base, _map(cast(x, compute_dtype(x.dtype)))), dtype)
+
+
+_from_left = EagerMap(_forward, _backward, _graph, n_tensors=2)
 
 
 def from_left(x: Tensor, base: Tensor | None) -> Tensor:
@@ -69,11 +88,4 @@ def from_left(x: Tensor, base: Tensor | None) -> Tensor:
     >>> torch.allclose(q.T @ q, torch.eye(2), atol=1e-6)
     True
     """
-    k = x.size(-1)
-    q = _cayley(cast(x, compute_dtype(x.dtype)), k)
-    if k != q.size(-1):
-        q = q[..., :k]
-    if base is None:
-        return q.contiguous().to(x.dtype)
-    with no_autocast(x):
-        return cast(cast(base, q.dtype) @ q, x.dtype)
+    return _from_left(x, base)
