@@ -60,7 +60,6 @@ FLOORS = {
     "ops.cayley": 3,
     "ops.expm": 3,
     "ops.householder": 3,
-    "ops.small_cayley": 3,
     "ops.spectral_norm": 3,
     "ops.tall_cayley": 3,
     "ops.tall_expm": 3,

@@ -16,7 +16,6 @@ from tritonparam.ops import (
     cayley,
     expm,
     householder,
-    small_cayley,
     spectral_norm,
     tall_cayley,
     tall_expm,
@@ -73,9 +72,7 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     originals are rounded once.
     """
     y = tall(x)
-    if orthogonal_map == "cayley" and small_cayley.is_small(y):
-        q = small_cayley.from_left(y, base)
-    elif base is None:
+    if base is None:
         q = _FREE[orthogonal_map](y)
     else:
         with no_autocast(x):
@@ -85,10 +82,7 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
 
 
 def _exp(x: Tensor) -> Tensor:
-    if rest := x.size(-2) - x.size(-1):
-        if small_cayley.is_small(x):
-            # Half of the operators that n×k takes.
-            return _exp(nn.functional.pad(x, (0, rest)))[..., : x.size(-1)]
+    if x.size(-1) != x.size(-2):
         return tall_expm.tall_exp(x)
     return expm.skew_exp(-x.mT)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
 
