@@ -71,8 +71,8 @@ class OFTRotationModule(torch.nn.Module):
     [
         ("cayley", (2, 5, 5), {"torch", "geotorch", "peft"}),
         ("skew_exp", (5, 5), {"torch", "geotorch"}),
-        ("symmetric_exp", (2, 5, 5), {"torch", "geotorch"}),
-        ("matrix_exp", (5, 5), {"torch"}),
+        ("symmetric_exp", (2, 5, 5), {"geotorch"}),
+        ("matrix_exp", (5, 5), set()),
         ("tall_cayley", (9, 4), {"geotorch"}),
         ("tall_exp", (9, 4), {"geotorch"}),
         ("householder", (9, 4), {"torch-householder"}),

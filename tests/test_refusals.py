@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 import tritonparam as tp
 from tritonparam import declared, info, logm, ops, registry, report, rules, trials
+from tritonparam.reading import too_far
 
 EYE = torch.eye(2, dtype=torch.float64)
 
@@ -235,11 +236,11 @@ def test_what_kernels_do_not_take(device):
             tp.functional.matrix_exp(torch.eye(3, device=device))
 
 
-def test_what_candidates_are_discarded_for(monkeypatch):
+def test_what_candidates_are_discarded_for():
     pytest.importorskip("triton")
     spilled = {"stack": 8, "shared": 0}
     assert trials._too_much(spilled, "sm_90") == "it spills 8 bytes of registers"
-    monkeypatch.setattr(trials.Weight, "_result", lambda self, *way: [torch.zeros(2)])
     weight = object.__new__(trials.Weight)
     weight._expected = [torch.ones(2, dtype=torch.float64)]
-    assert weight._wrong(None) == "its value is off by 1e+00"
+    errors = weight.compared([torch.zeros(2)])
+    assert too_far(errors, torch.float32) == "its value is off by 1e+00"
