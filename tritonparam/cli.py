@@ -14,6 +14,20 @@ try:
     import typer.core
 except ModuleNotFoundError:
     typer = None  # type: ignore[assignment]
+else:
+    # What several commands are asked for.
+    Model = Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
+        ),
+    ]
+    Chains = Annotated[
+        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
+    ]
+    Batch = Annotated[int, typer.Option(help="How many matrices.")]
+    DType = Annotated[str, typer.Option(help="Of the originals.")]
+    Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -70,7 +84,7 @@ def info(
             "[default: the GPU present, or sm_80, sm_90, sm_100 and gfx942]"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show versions, the device and whether kernels can run on it."""
     from tritonparam import info
@@ -84,7 +98,7 @@ def info(
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check that everything works here.
 
@@ -119,7 +133,7 @@ def explain(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 where a weight is composed.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show which path each parametrized weight of a model takes, and why."""
     from tritonparam import report
@@ -134,21 +148,14 @@ def explain(
 
 
 def tune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
-        ),
-    ] = None,
-    chain: Annotated[
-        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
-    ] = None,
+    model: Model = None,
+    chain: Chains = None,
     n: Annotated[
         list[int] | None,
         typer.Option("--n", help="Its size, n of n×n, or a norm's n numbers; may be repeated."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="How many matrices.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the originals.")] = "float32",
+    batch: Batch = 1,
+    dtype: DType = "float32",
     device: Annotated[
         str | None,
         typer.Option(help="Where to measure.  [default: cuda where there is one, or cpu]"),
@@ -164,7 +171,7 @@ def tune(
     ship: Annotated[
         bool, typer.Option("--ship", help="Put your table into the package's as well.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure which path and launch configuration is fastest, and remember it."""
     from tritonparam import report
@@ -197,15 +204,8 @@ def tune(
 
 
 def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODULE:CALLABLE", help="A function without arguments that makes the model."
-        ),
-    ] = None,
-    chain: Annotated[
-        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
-    ] = None,
+    model: Model = None,
+    chain: Chains = None,
     n: Annotated[
         list[int] | None, typer.Option("--n", help="Its size, n of n×n; may be repeated.")
     ] = None,
@@ -213,8 +213,8 @@ def bench(
         int | None,
         typer.Option(help="Of tall chains and norms, whose columns are n.  [default: 8 n]"),
     ] = None,
-    batch: Annotated[int, typer.Option(help="How many matrices.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the originals.")] = "float32",
+    batch: Batch = 1,
+    dtype: DType = "float32",
     device: Annotated[
         str | None, typer.Option(help="Where to time.  [default: cuda where there is one, or cpu]")
     ] = None,
@@ -222,7 +222,7 @@ def bench(
         bool, typer.Option("--compiled", help="Time torch's chain under torch.compile as well.")
     ] = False,
     seconds: Annotated[float, typer.Option(help="How long each weight is timed, about.")] = 2.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time torch's chains against the fused paths.
 

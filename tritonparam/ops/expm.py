@@ -15,7 +15,8 @@ from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
 from tritonparam.together import stacked
 
-_TILE_MAX_N = 64  # one program per matrix; beyond, sequences of products
+_REGISTERS_MAX_N = 32  # one program per matrix, in registers but for fp64
+_TILE_MAX_N = 64  # and in memory of its own; beyond, sequences of products
 _KERNEL_MAX_N = 4096
 _SIGN = {"skew": -1, "symmetric": 1}
 
@@ -36,7 +37,7 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
         return ""
     if n > _TILE_MAX_N:
         return "expm_gemm"
-    return "expm" if n <= 32 and dtype != torch.float64 else "expm_scratch"
+    return "expm" if n <= _REGISTERS_MAX_N and dtype != torch.float64 else "expm_scratch"
 
 
 def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
