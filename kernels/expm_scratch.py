@@ -15,43 +15,8 @@ import triton.language as tl
 
 from tritonparam.kernels.expm import EVEN_ODD, doublings
 from tritonparam.kernels.launch import NAME, compute_dtype, launch
+from tritonparam.kernels.scratch import one_of, put, rows_of, times
 from tritonparam.kernels.tile import exponent, power_of_two
-
-
-@triton.jit
-def _slice(row0, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows [BLOCK_K, 1] and columns [1, BLOCK] of a slice of a tile, and its offsets there."""
-    row = row0 + tl.arange(0, BLOCK_K)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    return row, col, row * BLOCK + col
-
-
-@triton.jit
-def _times(
-    x_ptr, y_ptr, n_cols, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
-):
-    """x y of two tiles, and the offsets of its entries."""
-    row = tl.arange(0, BLOCK)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    z = tl.zeros([BLOCK, BLOCK], x_ptr.dtype.element_ty)
-    for k0 in range(0, n_cols, BLOCK_K):
-        x = tl.load(x_ptr + (row * BLOCK + (k0 + tl.arange(0, BLOCK_K)[None, :])))
-        y = tl.load(y_ptr + ((k0 + tl.arange(0, BLOCK_K)[:, None]) * BLOCK + col))
-        z = tl.dot(x, y, acc=z, input_precision=PRECISION, out_dtype=z.dtype)
-    return z, row * BLOCK + col
-
-
-@triton.jit
-def _put(ptrs, z):
-    """Write a tile that the whole program will read; none that this turn has read."""
-    tl.store(ptrs, z)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _of(k, x, y, z):
-    """x, y or z for k = 0, 1, 2."""
-    return tl.where(k == 0, x, tl.where(k == 1, y, z))
 
 
 @triton.jit
@@ -74,7 +39,7 @@ def _argument(
         mu = tl.minimum(tl.maximum(tl.sum(x.to(ACC), axis=0) / n_cols, -500.0), 0.0)
     largest = tl.full([], 0.0, ACC)
     for row0 in range(0, BLOCK, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         above = tl.minimum(row, col).to(tl.int64) * stride_row
         above += tl.maximum(row, col).to(tl.int64) * stride_col
         inside = (row < n_cols) & (col < n_cols)
@@ -90,7 +55,7 @@ def _argument(
     down = tl.where(nothing == 0.0, down, 0)
     scale = power_of_two(-down) + nothing
     for row0 in range(0, BLOCK, BLOCK_K):
-        _, _, entry = _slice(row0, BLOCK, BLOCK_K)
+        _, _, entry = rows_of(row0, BLOCK, BLOCK_K)
         tl.store(tile_ptr + entry, tl.load(tile_ptr + entry) * scale)
     tl.debug_barrier()
     return down, mu
@@ -117,19 +82,19 @@ def _blocks(
     AREA: tl.constexpr = BLOCK * BLOCK
     ACC: tl.constexpr = tile_ptr.dtype.element_ty
     for i in range(3):  # A^2, A^4 and A^3
-        x_ptr = tile_ptr + _of(i, 0, 1, 0) * AREA
-        y_ptr = tile_ptr + _of(i, 0, 1, 1) * AREA
-        z, entry = _times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
-        _put(tile_ptr + (i + 1) * AREA + entry, z)
+        x_ptr = tile_ptr + one_of(i, 0, 1, 0) * AREA
+        y_ptr = tile_ptr + one_of(i, 0, 1, 1) * AREA
+        z, entry = times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        put(tile_ptr + (i + 1) * AREA + entry, z)
     square = tl.full([], 0.0, ACC)
     for row0 in range(0, BLOCK, BLOCK_K):
-        _, _, entry = _slice(row0, BLOCK, BLOCK_K)
+        _, _, entry = rows_of(row0, BLOCK, BLOCK_K)
         b2 = tl.load(tile_ptr + 2 * AREA + entry)
         square += tl.sum(tl.sum(b2 * b2, axis=1), axis=0)
     up = doublings(square.to(tl.float32), down, SIGN)
     scale = power_of_two(up) * FACTOR
     for row0 in range(0, BLOCK, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         ptrs = tile_ptr + entry
         a = tl.load(ptrs) * scale
         b = tl.load(ptrs + AREA) * (scale * scale)
@@ -182,16 +147,16 @@ def _expm_fwd_kernel(
     for i in range(STEPS + left):
         polynomial = i < STEPS
         x_ptr = tl.where(polynomial, tile_ptr + 2 * AREA, z_ptr)
-        z, entry = _times(x_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        z, entry = times(x_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
         z += tl.load(block_ptr + entry, mask=entry < tl.where(polynomial, AREA, 0), other=0.0)
         if SIGN == 1:
             z *= tl.where(i == STEPS - 1 + left - last, growth, 1.0)
-        _put(free_ptr + entry, z)
+        put(free_ptr + entry, z)
         z_ptr, free_ptr = free_ptr, z_ptr
     y_ptr += matrix * n_cols * n_cols
     for row0 in range(0, n_cols, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         y = tl.load(z_ptr + entry)
         if SIGN == 1:
             y = 0.5 * (y + tl.load(z_ptr + (col * BLOCK + row)))
@@ -251,7 +216,7 @@ def _expm_bwd_kernel(
     m_next_ptr = fourth_ptr
     g_ptr += matrix * g_stride
     for row0 in range(0, BLOCK, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         inside = (row < n_cols) & (col < n_cols)
         offset = row.to(tl.int64) * g_stride_row + col.to(tl.int64) * g_stride_col
         g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
@@ -261,9 +226,9 @@ def _expm_bwd_kernel(
         first = i < STEPS + 2
         turn = tl.where(polynomial, 0, (i - STEPS + 1) % 3)  # of Z, X or M
         done = (i - STEPS + 1) // 3  # rounds
-        left_ptr = _of(turn, tl.where(polynomial, fourth_ptr, z_ptr), m_ptr, z_ptr)
-        right_ptr = _of(turn, z_ptr, z_ptr, tl.where(first, x_ptr, m_ptr))
-        z, entry = _times(left_ptr, right_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        left_ptr = one_of(turn, tl.where(polynomial, fourth_ptr, z_ptr), m_ptr, z_ptr)
+        right_ptr = one_of(turn, z_ptr, z_ptr, tl.where(first, x_ptr, m_ptr))
+        z, entry = times(left_ptr, right_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         if SIGN == 1:
             grown = tl.where(first, (turn == 2) & (left == 0), left - done + 1 == last)
             z *= tl.where(grown, growth, 1.0)
@@ -271,7 +236,7 @@ def _expm_bwd_kernel(
         plus_ptr = tl.where(polynomial, block_ptr, x_ptr)
         plus = polynomial | ((turn == 2) & (i > STEPS + 1))
         z += tl.load(plus_ptr + entry, mask=entry < tl.where(plus, AREA, 0), other=0.0)
-        _put(_of(turn, z_next_ptr, x_ptr, m_next_ptr) + entry, z)
+        put(one_of(turn, z_next_ptr, x_ptr, m_next_ptr) + entry, z)
         z_from, z_to = z_ptr, z_next_ptr
         z_ptr = tl.where(turn == 0, z_to, z_from)
         z_next_ptr = tl.where(turn == 0, z_from, z_to)
@@ -280,7 +245,7 @@ def _expm_bwd_kernel(
         m_next_ptr = tl.where(turn == 2, m_from, m_to)
     t_ptr = m_next_ptr
     for row0 in range(0, BLOCK, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         t = tl.load(m_ptr + entry) + SIGN * tl.load(m_ptr + (col * BLOCK + row))
         tl.store(t_ptr + entry, t * power_of_two(-left) * (0.5 if SIGN == 1 else 1.0))
     tl.debug_barrier()
@@ -291,14 +256,14 @@ def _expm_bwd_kernel(
         for j in tl.static_range(TERMS):
             ratio = tl.full([], ODD[TERMS - j] / ODD[TERMS - j - 1], ACC)
             factor = tl.where(i == 2 * j + 1, ratio, factor)
-        z, entry = _times(tile_ptr, h_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        z, entry = times(tile_ptr, h_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         z = (z + tl.trans(z) * tl.where(outer, SIGN, -1)) * factor
         z += tl.load(t_ptr + entry, mask=entry < tl.where(outer, AREA, 0), other=0.0)
         h_ptr = tl.where(outer, m_ptr, x_ptr)
-        _put(h_ptr + entry, z)
+        put(h_ptr + entry, z)
     dw_ptr += matrix * n_cols * n_cols
     for row0 in range(0, n_cols, BLOCK_K):
-        row, col, entry = _slice(row0, BLOCK, BLOCK_K)
+        row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         dw = tl.load(h_ptr + entry)
         if SIGN == 1:
             dw = tl.where(row < col, 2.0 * dw, tl.where(row == col, dw, 0.0))

@@ -64,6 +64,14 @@ def argument(
     return omega - pp / b + tl.where(inside & (i == 1) & (j == 0) & (row == col), b, 0.0)
 
 
+@triton.jit
+def _part(size, BLOCK: tl.constexpr):
+    """The program's matrix, the part of its `size` entries that it makes, and these."""
+    n_parts = tl.cdiv(size, BLOCK)
+    part = tl.program_id(0) % n_parts
+    return (tl.program_id(0) // n_parts).to(tl.int64), part, part * BLOCK + tl.arange(0, BLOCK)
+
+
 @triton.jit(do_not_specialize=["n_cols"])
 def _argument_kernel(
     pp_ptr,
@@ -84,12 +92,9 @@ def _argument_kernel(
 ):
     """K, b, and the sum of squares of a program's part of K."""
     size = 2 * n_cols
-    n_parts = tl.cdiv(size * size, BLOCK)
-    matrix = (tl.program_id(0) // n_parts).to(tl.int64)
-    part = tl.program_id(0) % n_parts
+    matrix, part, entry = _part(size * size, BLOCK)
     pp_ptr += matrix * pp_stride
     b = balance(pp_ptr, n_cols, pp_stride_row, pp_stride_col, COLS)
-    entry = part * BLOCK + tl.arange(0, BLOCK)
     row, col = entry // size, entry % size
     i, j = row // n_cols, col // n_cols
     at = (i, row - i * n_cols, j, col - j * n_cols, n_cols)
@@ -121,9 +126,7 @@ def _columns_kernel(
 ):
     """E_top and E_bottom / b of exp(K) in y or y2."""
     size = n_cols * n_cols
-    n_parts = tl.cdiv(size, BLOCK)
-    matrix = (tl.program_id(0) // n_parts).to(tl.int64)
-    entry = tl.program_id(0) % n_parts * BLOCK + tl.arange(0, BLOCK)
+    matrix, _, entry = _part(size, BLOCK)
     mask = entry < size
     y_ptr = _result(y_ptr, y2_ptr, first_ptr + matrix, ROUNDS)
     y_ptr += matrix * 4 * size + (entry // n_cols * (2 * n_cols) + entry % n_cols)
@@ -152,9 +155,7 @@ def _twice_kernel(
     """[[K^T, G], [0, K^T]], G = [B^T G, 0] over [P^T G / b, 0]."""
     half = 2 * n_cols
     size = 2 * half
-    n_parts = tl.cdiv(size * size, BLOCK)
-    matrix = (tl.program_id(0) // n_parts).to(tl.int64)
-    entry = tl.program_id(0) % n_parts * BLOCK + tl.arange(0, BLOCK)
+    matrix, _, entry = _part(size * size, BLOCK)
     row, col = entry // size, entry % size
     i, j = row // half, col // half
     mask = (entry < size * size) & (i == j)
@@ -185,9 +186,7 @@ def _gradients_kernel(
 ):
     """D = H_1 - H_1^T and V = -(H_2 + H_2^T) / b; [H_1, H_2] are rows of exp in y or y2."""
     size = n_cols * n_cols
-    n_parts = tl.cdiv(size, BLOCK)
-    matrix = (tl.program_id(0) // n_parts).to(tl.int64)
-    entry = tl.program_id(0) % n_parts * BLOCK + tl.arange(0, BLOCK)
+    matrix, _, entry = _part(size, BLOCK)
     mask = entry < size
     row, col = entry // n_cols, entry % n_cols
     y_ptr = _result(y_ptr, y2_ptr, first_ptr + matrix, ROUNDS)

@@ -29,6 +29,15 @@ def _dots(x, dy, dx, y):
 
 
 @triton.jit
+def _blocks(n_cols, HALF: tl.constexpr):
+    """Entries along a side, block and place in it of rows and columns, and what is not beside."""
+    x = tl.arange(0, 2 * HALF)
+    i, r = x[:, None] // HALF, x[:, None] % HALF
+    j, c = x[None, :] // HALF, x[None, :] % HALF
+    return x, i, r, j, c, (r < n_cols) & (c < n_cols)
+
+
+@triton.jit
 def _norm2(x):
     return tl.sum(tl.sum(x * x, axis=1), axis=0)
 
@@ -59,10 +68,7 @@ def _exp_kernel(
     """K, b, its schedule, and E_top and E_bottom / b of its exponential."""
     matrix = tl.program_id(0).to(tl.int64)
     size = n_cols * n_cols
-    x = tl.arange(0, 2 * HALF)
-    i, r = x[:, None] // HALF, x[:, None] % HALF
-    j, c = x[None, :] // HALF, x[None, :] % HALF
-    inside = (r < n_cols) & (c < n_cols)
+    x, i, r, j, c, inside = _blocks(n_cols, HALF)
     pp_ptr += matrix * pp_stride
     b = balance(pp_ptr, n_cols, pp_stride_row, pp_stride_col, HALF)
     strides = (pp_stride_row, pp_stride_col, c_stride_row, c_stride_col)
@@ -118,10 +124,7 @@ def _exp_bwd_kernel(
     """
     matrix = tl.program_id(0).to(tl.int64)
     size = n_cols * n_cols
-    x = tl.arange(0, 2 * HALF)
-    i, r = x[:, None] // HALF, x[:, None] % HALF
-    j, c = x[None, :] // HALF, x[None, :] % HALF
-    inside = (r < n_cols) & (c < n_cols)
+    x, i, r, j, c, inside = _blocks(n_cols, HALF)
     b = tl.load(b_ptr + matrix)
     sigma = tl.load(sigma_ptr + matrix)
     s = ROUNDS - tl.load(first_ptr + matrix)

@@ -1,0 +1,71 @@
+"""What the report writes of rows, and the line and the plots beside them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import machine, report
+
+
+def test_the_report_folds_what_stands_beside_the_times():
+    base = {"chain": "cayley", "shape": [64, 64], "phase": "forward+backward"}
+    none = {"median_us": None, "timed": "none: it runs out of memory"}
+    host = {"median_us": 90.0, "host_median_us": 80.0}
+    graph = {"phase": "forward+backward, graph", "contender": "kernel", "timed": "graph replay"}
+    peer = {"median_us": 5131.8, "speedup_of_ours": 4.745, "constraint_error": 2.1e-7}
+    rows = [
+        base | host | {"contender": "composed", "peak_bytes": 131_328},
+        base | host | {"contender": "kernel", "peak_bytes": 82_256, "device_median_us": 12.0},
+        base | graph | {"median_us": 10.0, "host_median_us": 3.0},
+        base | peer | {"contender": "torch"},
+        base | peer | {"contender": "peft", "constraint_error": 0.37, "approximate": True},
+        base | none | {"contender": "geotorch"},
+    ]
+    lines = report._more(rows)
+    assert "| chain, shape | torch | peft |" in lines
+    assert "| cayley 64×64 | 5.13, 4.75×, 2e-07 | 5.13, 4.75×, ≈ 4e-01 |" in lines
+    assert "| chain, shape | composed | kernel |" in lines
+    assert "| cayley 64×64 | 0.131 | 0.0823 |" in lines
+    assert "| cayley 64×64 | 80 / – | 80 / 12 |" in lines
+    assert "| cayley 64×64, graph | – | 3 / 10 |" in lines
+    assert lines.count("</details>") == 3
+    assert report._more([{**base, "contender": "closed", "median_us": 1.0}]) == []
+
+
+def test_the_line_of_the_machine(monkeypatch):
+    versions = {"device": "H100", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"}
+    assert report._machine(versions) == "H100; torch 2.13.0, triton 3.9.0; commit abc."
+    more = {"driver": "570.1", "peers": {"geotorch": "0.4.0"}}
+    assert report._machine(versions | more) == (
+        "H100, driver 570.1; torch 2.13.0, triton 3.9.0, geotorch 0.4.0; commit abc."
+    )
+    found = SimpleNamespace(stdout="570.1\n570.1\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: found)
+    assert machine._driver() == "570.1"
+
+    def absent(*a, **k):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine._driver() is None
+
+
+def test_plots_show_what_the_rows_hold(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    def row(n, contender, speed, **more):
+        base = {"shape": [n, n], "contender": contender, "phase": "forward+backward"}
+        return base | {"speedup_over_composed": speed, "median_us": 50.0} | more
+
+    kernels = [row(n, "kernel", n / 8, floor_us=5.0) for n in (64, 128, 256)]
+    rows = {"cayley": [*[row(n, "composed", 1.0) for n in (64, 128, 256)], *kernels]}
+    written = plots.draw(rows, "a device", tmp_path)
+    assert [path.name for path in written] == ["speed.svg", "floor.svg"]
+    for path, texts in zip(written, (("20×", "256", "cayley"), ("10 %", "cayley")), strict=True):
+        assert all(f">{text}<" in path.read_text() for text in texts), path
+        assert "a device" in path.read_text()
+        assert path.with_suffix(".png").stat().st_size > 5000
+    assert plots.draw({}, "a device", tmp_path) == []
