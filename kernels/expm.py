@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tritonparam.kernels.even_odd import EVEN_ODD, doublings
 from tritonparam.kernels.launch import NAME, flatten, launch, packing, slot
 from tritonparam.kernels.tile import (
     choose,
@@ -23,60 +24,38 @@ from tritonparam.kernels.tile import (
     sum_each,
 )
 
-# Coefficients of c and s over powers of B: the polynomials that interpolate cosh(sqrt B) and
-# sinh(sqrt B) / sqrt B at B = 0 and at the other zeros of a Chebyshev polynomial on the spectrum
-# of B for ||A|| <= THETA. Their truncation moves exp(A) by at most 6e-9 for fp32, degree 5, and
-# 1e-18 for fp64, degree 9: less than a tenth of eps, since it has one sign, so that squarings add
-# it up where rounding averages.
-THETA = tl.constexpr(2.0)
-EVEN_ODD = {
-    (-1, torch.float32): (
-        (1.0, 0.49999995057457017, 0.041666491253384114, 0.0013886863772994181)
-        + (2.4699251487419051e-5, 2.5193240172735751e-7),
-        (1.0, 0.16666666283152309, 0.008333319725127865, 0.00019839699494397557)
-        + (2.7478031548163227e-6, 2.3223754429853867e-8),
-    ),
-    (1, torch.float32): (
-        (1.0, 0.50000005626361731, 0.041666467602728139, 0.0013891172273153446)
-        + (2.4687614771152288e-5, 3.0121817296116397e-7),
-        (1.0, 0.1666666709576315, 0.0083333181486130005, 0.00019843012346739265)
-        + (2.7470274573865824e-6, 2.7014062864620893e-8),
-    ),
-    (-1, torch.float64): (
-        (1.0, 0.4999999999999999734, 0.0416666666666663998, 0.001388888888887967001)
-        + (2.480158730002564973e-5, 2.755731907430104026e-7, 2.087674831928225909e-9)
-        + (1.147043610884979555e-11, 4.772809278042340216e-14, 1.482215340966785891e-16),
-        (1.0, 0.1666666666666666654, 0.008333333333333320578, 0.0001984126984126543507)
-        + (2.755731922323953557e-6, 2.505210831390954122e-8, 1.605903969477531169e-10)
-        + (7.647015881529464967e-13, 2.808272891987215319e-15, 7.840271976981089324e-18),
-    ),
-    (1, torch.float64): (
-        (1.0, 0.500000000000000029, 0.04166666666666637595, 0.001388888888889892354)
-        + (2.480158729988967568e-5, 2.755731938638467481e-7, 2.087674761083875293e-9)
-        + (1.147107882069184064e-11, 4.772355268252117046e-14, 1.645673155926632261e-16),
-        (1.0, 0.166666666666666668, 0.008333333333333319541, 0.0001984126984127460214)
-        + (2.755731922318041874e-6, 2.505210846250148233e-8, 1.605903938676768188e-10)
-        + (7.6473219009214208e-13, 2.808075502567646204e-15, 8.618594158742314314e-18),
-    ),
-}
-
 
 @triton.jit
-def _load(ptr, matrix, stride, row, stride_row, col, stride_col, mask, BLOCK: tl.constexpr):
+def _load(ptr, strides, place, mask, BLOCK: tl.constexpr):
     """x[matrix, row, col] in fp32; tiles larger than 16 have no register for a column's stride."""
-    ptr += matrix * stride
-    offset = row.to(tl.int64) * stride_row
-    offset += col if BLOCK > 16 else col.to(tl.int64) * stride_col
+    stride, stride_row, stride_col = strides
+    ptr += place[0] * stride
+    offset = place[1].to(tl.int64) * stride_row
+    offset += place[2] if BLOCK > 16 else place[2].to(tl.int64) * stride_col
     return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _argument(x, row, col, n_cols, same, diagonal, SLOT: tl.constexpr, SIGN: tl.constexpr):
+def _argument(
+    w_ptr,
+    w_strides,
+    place,
+    n_cols,
+    SIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOT: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """A, skew (SIGN = -1) or symmetric (1), from its upper triangle; and its shift mu.
 
     exp(A) = e^mu exp(A - mu I) with mu the mean eigenvalue where it is negative, else 0: so the
     polynomial does not cancel. Only a symmetric A is shifted.
     """
+    _, row, col, same, diagonal, mask = place
+    above = ((row <= col) if SIGN == 1 else (row < col)) & (col < n_cols)
+    if SLOT < BLOCK or TILES > 1:
+        above &= mask
+    x = _load(w_ptr, w_strides, place, above, BLOCK)
     if SIGN == -1:
         return x - tl.trans(x), 0.0
     else:
@@ -85,19 +64,6 @@ def _argument(x, row, col, n_cols, same, diagonal, SLOT: tl.constexpr, SIGN: tl.
         mu = tl.minimum(tl.maximum(mean, -500.0), 0.0)
         a = tl.where(row <= col, x, tl.trans(x))
         return tl.where(on_diagonal, a - mu, a), mu
-
-
-@triton.jit
-def doublings(square, down, SIGN: tl.constexpr):
-    """How often A / 2^down, of norm 1 or less, can be doubled, up to `down`: `square` is the sum of
-    the squares of A^4, and the norm of what results is THETA at most.
-    """
-    if SIGN == -1:
-        square = square * 0.5
-    norm = tl.sqrt(tl.sqrt(tl.sqrt(square)))
-    # It is 8 at most, but of an infinite matrix, whose scale must leave the zeros beside it zero.
-    most = tl.minimum(down, 30)
-    return tl.minimum(tl.maximum(exponent(1.0 / tl.maximum(norm, 1e-30) * THETA) - 1, 0), most)
 
 
 @triton.jit
@@ -172,12 +138,10 @@ def _expm_fwd_kernel(
     The matrices of a program are squared as often as the one of them that needs it most; those
     that are done stay as they are.
     """
-    matrix, row, col, same, diagonal, mask = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
-    above = ((row <= col) if SIGN == 1 else (row < col)) & (col < n_cols)
-    if SLOT < BLOCK or TILES > 1:
-        above &= mask
-    x = _load(w_ptr, matrix, w_stride, row, w_stride_row, col, w_stride_col, above, BLOCK)
-    a, mu = _argument(x, row, col, n_cols, same, diagonal, SLOT, SIGN)
+    place = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
+    matrix, row, col, same, diagonal, mask = place
+    strides = (w_stride, w_stride_row, w_stride_col)
+    a, mu = _argument(w_ptr, strides, place, n_cols, SIGN, BLOCK, SLOT, TILES)
     a, b, b2, left = _scaled(a, n_cols, same, SLOT, SIGN, PRECISION)
     y = _polynomial(a, b, b2, diagonal, same, SLOT, EVEN, ODD, PRECISION)
     # e^mu is multiplied on before the last three squarings at most: earlier its rounding would be
@@ -232,16 +196,14 @@ def _expm_bwd_kernel(
     symmetric matrix is X - X^T or X + X^T with X = A T: one product. So nothing is kept over the
     rounds but Z and M, and nothing from the forward pass.
     """
-    matrix, row, col, same, diagonal, mask = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
-    above = ((row <= col) if SIGN == 1 else (row < col)) & (col < n_cols)
-    if SLOT < BLOCK or TILES > 1:
-        above &= mask
-    x = _load(w_ptr, matrix, w_stride, row, w_stride_row, col, w_stride_col, above, BLOCK)
-    a, mu = _argument(x, row, col, n_cols, same, diagonal, SLOT, SIGN)
+    place = places(n_matrices, n_cols, BLOCK, SLOT, TILES)
+    matrix, row, col, same, diagonal, mask = place
+    strides = (w_stride, w_stride_row, w_stride_col)
+    a, mu = _argument(w_ptr, strides, place, n_cols, SIGN, BLOCK, SLOT, TILES)
     a, b, b2, left = _scaled(a, n_cols, same, SLOT, SIGN, PRECISION)
     a = a * 0.5
     z = _polynomial(a, b * 0.25, b2 * 0.0625, diagonal, same, SLOT, EVEN, ODD, PRECISION)
-    m = _load(g_ptr, matrix, g_stride, row, g_stride_row, col, g_stride_col, mask, BLOCK)
+    m = _load(g_ptr, (g_stride, g_stride_row, g_stride_col), place, mask, BLOCK)
     m = product(m, tl.trans(z), same, SLOT, PRECISION)
     m = product(tl.trans(z), m, same, SLOT, PRECISION)
     last = tl.minimum(left, 3)

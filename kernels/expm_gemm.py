@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.expm import EVEN_ODD, THETA
+from tritonparam.kernels.even_odd import EVEN_ODD, THETA
 from tritonparam.kernels.gemm import Config, n_tiles, product, product_config
 from tritonparam.kernels.gemm import candidates as product_candidates
 from tritonparam.kernels.gemm import launches as product_launches

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.expm import EVEN_ODD, doublings
+from tritonparam.kernels.even_odd import EVEN_ODD, doublings
 from tritonparam.kernels.launch import NAME, compute_dtype, launch
 from tritonparam.kernels.scratch import one_of, put, rows_of, times
 from tritonparam.kernels.tile import exponent, power_of_two
