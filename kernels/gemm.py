@@ -9,88 +9,9 @@ import triton
 import triton.language as tl
 
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, launch
+from tritonparam.kernels.tile_grid import store_pair, store_sums, tile_pointers, tile_sum, triangle
 
 FORMS = ("full", "symmetric", "skew", "sum", "difference", "symmetric_gradient", "skew_gradient")
-
-
-@triton.jit
-def _tile_pointers(ptr, stride, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, TRANS):
-    """Pointers to the tile [ROWS, COLS] at (row0, col0) of a matrix stored by rows, or, where
-    TRANS, by columns. Offsets inside the tile are int32: strides are below 2^24."""
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLS)[None, :]
-    if TRANS:
-        return ptr + (tl.cast(col0, tl.int64) * stride + row0) + (c * stride + r)
-    return ptr + (tl.cast(row0, tl.int64) * stride + col0) + (r * stride + c)
-
-
-@triton.jit
-def _tile_sum(
-    a_ptr,
-    b_ptr,
-    a_stride,
-    b_stride,
-    row0,
-    col0,
-    n_rows,
-    n_cols,
-    n_inner,
-    TRANS_A: tl.constexpr,
-    TRANS_B: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The tile at (row0, col0) of A B, [BLOCK, BLOCK]."""
-    a_ptrs = _tile_pointers(a_ptr, a_stride, row0, 0, BLOCK, BLOCK_K, TRANS_A)
-    b_ptrs = _tile_pointers(b_ptr, b_stride, 0, col0, BLOCK_K, BLOCK, TRANS_B)
-    a_step = BLOCK_K * a_stride if TRANS_A else BLOCK_K
-    b_step = BLOCK_K if TRANS_B else BLOCK_K * b_stride
-    a_mask = row0 + tl.arange(0, BLOCK)[:, None] < n_rows
-    b_mask = col0 + tl.arange(0, BLOCK)[None, :] < n_cols
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK, BLOCK], ACC)
-    for k0 in range(0, n_inner, BLOCK_K):
-        inside = k0 + k < n_inner
-        a = tl.load(a_ptrs, mask=a_mask & inside[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=b_mask & inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=ACC)
-        a_ptrs += a_step
-        b_ptrs += b_step
-    return acc
-
-
-@triton.jit
-def triangle(index):
-    """The tile pair (i, j), i <= j, of an index into the triangle, column after column."""
-    # Exact up to 2000 tiles in a row: below 2^24 the square root of 8 index + 1 rounds right.
-    j = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
-    return index - j * (j + 1) // 2, j
-
-
-@triton.jit
-def store_pair(ptr, z, mirror, i, j, n, BLOCK: tl.constexpr):
-    """Tile (i, j) of an n x n matrix, stored by rows, and beside the diagonal its mirror image."""
-    r = tl.arange(0, BLOCK)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    row = i * BLOCK + r
-    col = j * BLOCK + c
-    dtype: tl.constexpr = ptr.dtype.element_ty
-    tl.store(ptr + (row * n + col), z.to(dtype), mask=(row < n) & (col < n))
-    if i < j:
-        row = j * BLOCK + r
-        col = i * BLOCK + c
-        tl.store(ptr + (row * n + col), mirror.to(dtype), mask=(row < n) & (col < n))
-
-
-@triton.jit
-def store_sums(sums_ptr, z, diagonal, mask, times):
-    """The trace of a tile and `times` the sum of its squares, where the mask holds."""
-    z = tl.where(mask, z, 0.0)
-    trace = tl.sum(tl.sum(tl.where(diagonal, z, 0.0), axis=1), axis=0)
-    tl.store(sums_ptr, trace)
-    tl.store(sums_ptr + 1, tl.sum(tl.sum(z * z, axis=1), axis=0) * times)
 
 
 @triton.jit(do_not_specialize=["turn"])
@@ -167,16 +88,16 @@ def _product_kernel(
         mask = (row < n_rows) & (col < n_cols)
         tile = (a_ptr, b_ptr, a_stride, b_stride, row0, col0, n_rows, n_cols, n_inner)
         if rough_ptr is None or tl.load(rough_ptr + matrix) == 0:
-            z = _tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
+            z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
         else:
-            z = _tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
+            z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
         z *= ALPHA
         if u_ptr is not None:
             u = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
             z *= u.to(ACC)
         rest = tl.where(row == col, 1.0, 0.0).to(ACC) * GAMMA
         if c_ptr is not None:
-            c_ptrs = _tile_pointers(c_ptr, c_stride, row0, col0, BLOCK, BLOCK, TRANS_C)
+            c_ptrs = tile_pointers(c_ptr, c_stride, row0, col0, BLOCK, BLOCK, TRANS_C)
             c = tl.load(c_ptrs + matrix * c_stride_matrix, mask=mask, other=0.0)
             rest += c.to(ACC) * BETA
         if v_ptr is not None:

@@ -4,16 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tritonparam.kernels.gemm import (
-    Config,
-    launch_options,
-    n_tiles,
-    product_config,
-    store_pair,
-    store_sums,
-    triangle,
-)
+from tritonparam.kernels.gemm import Config, launch_options, n_tiles, product_config
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, launch
+from tritonparam.kernels.tile_grid import store_pair, store_sums, triangle
 
 
 @triton.jit

@@ -19,6 +19,7 @@ FLOORS = {
     "kernels.slices": 0.1,
     "kernels.grouped": 0.15,
     "kernels.tile": 0.1,
+    "kernels.tile_grid": 0.1,
     "kernels.scratch": 0.1,
     "kernels.gauss_jordan": 0.15,
     "kernels.even_odd": 0.15,
