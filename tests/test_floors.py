@@ -47,6 +47,7 @@ FLOORS = {
     "transaction": 1,
     "injected": 1,
     "logm": 1.1,
+    "preimage": 1.1,
     "exponential": 1.1,
     "tables": 1.8,
     "configs": 1.9,

@@ -15,7 +15,6 @@ from tritonparam.fuse import fuse as fuse
 from tritonparam.fuse import unfuse as unfuse
 from tritonparam.links import CayleyMap as CayleyMap
 from tritonparam.links import MatrixExponential as MatrixExponential
-from tritonparam.links import NoPreimage as NoPreimage
 from tritonparam.links import Pruning as Pruning
 from tritonparam.links import Skew as Skew
 from tritonparam.links import Symmetric as Symmetric
@@ -28,6 +27,7 @@ from tritonparam.parametrizations import spd as spd
 from tritonparam.parametrizations import spectral_norm as spectral_norm
 from tritonparam.parametrizations import symmetric as symmetric
 from tritonparam.parametrizations import weight_norm as weight_norm
+from tritonparam.preimage import NoPreimage as NoPreimage
 from tritonparam.register import register_parametrization as register_parametrization
 from tritonparam.register import remove_parametrizations as remove_parametrizations
 from tritonparam.registry import alias as alias

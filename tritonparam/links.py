@@ -9,67 +9,16 @@ from torch import Tensor, nn
 
 from tritonparam import logm
 from tritonparam.numerics import as_batch, compute_dtype, identity_like, inv_ex, no_autocast, solve
-
-
-class NoPreimage(ValueError, NotImplementedError):
-    """The assigned value is not in the image of the parametrization.
-
-    It is a ``NotImplementedError`` so that ``register_parametrization`` keeps the tensor's own
-    values as the original, and a ``ValueError`` so that assignment fails as users expect.
-    """
-
-
-def _require_square(who: str, x: Tensor) -> None:
-    if x.dim() < 2 or x.size(-1) != x.size(-2):
-        raise ValueError(
-            f"{who}: the tensor must have shape [..., n, n], got {list(x.shape)}; "
-            "only square matrices, or batches of them, have this structure."
-        )
-
-
-def _require_float(who: str, x: Tensor) -> None:
-    if not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(
-            f"{who}: the tensor must have a floating-point dtype, got {x.dtype}; "
-            "convert it first, for example with .float()."
-        )
-
-
-def _require_finite(who: str, x: Tensor) -> None:
-    if x.is_meta:
-        raise NoPreimage(f"{who}: the assigned value is on the meta device and has no entries.")
-    if not bool(torch.isfinite(x).all()):
-        raise NoPreimage(
-            f"{who}: the assigned value must be finite, got NaN or infinite entries; "
-            "assign a finite tensor."
-        )
-
-
-def _tolerance(x: Tensor) -> float:
-    """How far x may be from its manifold, relative to its size, by rounding alone.
-
-    Rounding the entries of an orthogonal matrix moves those of QᵀQ by at most eps
-    (Cauchy-Schwarz). 16-bit matrices are only ever rounded; fp32 and fp64 ones have been
-    computed in that precision, which 100·√n·eps has room for.
-    """
-    if not (x.is_floating_point() or x.is_complex()):
-        return 0.0
-    eps = torch.finfo(x.dtype).eps
-    if compute_dtype(x.dtype) != x.dtype:
-        return 2 * eps
-    return 100 * max(x.size(-1), 1) ** 0.5 * eps
-
-
-def _max_abs(x: Tensor) -> Tensor:
-    """The largest absolute entry of each matrix of a batch, shape [...]; 0 for 0×0."""
-    return x.abs().flatten(-2).amax(-1) if x.numel() else x.new_zeros(x.shape[:-2]).abs()
-
-
-def _off_manifold(defect: Tensor, size: Tensor, x: Tensor) -> float | None:
-    """The largest relative defect of the batch x where it exceeds rounding, else None."""
-    relative = torch.where(defect > 0, defect.double() / size.double(), 0.0).detach()
-    worst = float(relative.max()) if relative.numel() else 0.0
-    return worst if worst > _tolerance(x) else None
+from tritonparam.preimage import (
+    NoPreimage,
+    max_abs,
+    off_manifold,
+    orthogonality_defect,
+    require_finite,
+    require_float,
+    require_square,
+    tolerance,
+)
 
 
 class Symmetric(nn.Module):
@@ -84,14 +33,14 @@ class Symmetric(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to a symmetric one."""
-        _require_square("Symmetric", x)
+        require_square("Symmetric", x)
         return x.triu() + x.triu(1).mT
 
     def right_inverse(self, a: Tensor) -> Tensor:
         """The upper triangle of a symmetric matrix; raises NoPreimage if `a` is not symmetric."""
-        _require_square("Symmetric", a)
-        _require_finite("Symmetric", a)
-        off = _off_manifold(_max_abs(a - a.mT), _max_abs(a), a)
+        require_square("Symmetric", a)
+        require_finite("Symmetric", a)
+        off = off_manifold(max_abs(a - a.mT), max_abs(a), a)
         if off is not None:
             raise NoPreimage(
                 "Symmetric: the assigned matrix must equal its transpose, got "
@@ -112,26 +61,21 @@ class Skew(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to a skew-symmetric one."""
-        _require_square("Skew", x)
+        require_square("Skew", x)
         upper = x.triu(1)
         return upper - upper.mT
 
     def right_inverse(self, a: Tensor) -> Tensor:
         """The strict upper triangle of a skew matrix; raises NoPreimage if `a` is not skew."""
-        _require_square("Skew", a)
-        _require_finite("Skew", a)
-        off = _off_manifold(_max_abs(a + a.mT), _max_abs(a), a)
+        require_square("Skew", a)
+        require_finite("Skew", a)
+        off = off_manifold(max_abs(a + a.mT), max_abs(a), a)
         if off is not None:
             raise NoPreimage(
                 "Skew: the assigned matrix must equal minus its transpose, got "
                 f"max|A + Aᵀ| = {off:.1e} max|A|; assign (A - A.mT) / 2."
             )
         return a.triu(1)
-
-
-def _orthogonality_defect(q: Tensor) -> Tensor:
-    """max|QᵀQ - I| of each matrix."""
-    return _max_abs(q.mT @ q - identity_like(q))
 
 
 class CayleyMap(nn.Module):
@@ -177,8 +121,8 @@ class CayleyMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map a skew matrix to an orthogonal one."""
-        _require_square("CayleyMap", x)
-        _require_float("CayleyMap", x)
+        require_square("CayleyMap", x)
+        require_float("CayleyMap", x)
         d = self.materialize(x)
         with no_autocast(x):
             y = x.to(compute_dtype(x.dtype))
@@ -193,21 +137,21 @@ class CayleyMap(nn.Module):
         otherwise so that every pivot of an unpivoted LU of I + Q diag(d) is at least one.
         Raises NoPreimage if `q` is not orthogonal.
         """
-        _require_square("CayleyMap", q)
-        _require_float("CayleyMap", q)
+        require_square("CayleyMap", q)
+        require_float("CayleyMap", q)
         if q.is_complex():
             raise NoPreimage("CayleyMap: only real matrices can be assigned, got a complex one.")
-        _require_finite("CayleyMap", q)
+        require_finite("CayleyMap", q)
         q64 = q.detach().to(torch.float64)
         ones = torch.ones(q.shape[:-1], dtype=q64.dtype, device=q.device)
-        off = _off_manifold(_orthogonality_defect(q64), torch.ones(()), q)
+        off = off_manifold(orthogonality_defect(q64), torch.ones(()), q)
         if off is not None:
             raise NoPreimage(
                 "CayleyMap: the assigned matrix must be orthogonal, got "
                 f"max|QᵀQ - I| = {off:.1e}; project it first, for example with torch.linalg.qr."
             )
         limit = torch.finfo(q.dtype).eps ** -0.5
-        plain = _max_abs(_twice_inverse(q64, ones)) < limit
+        plain = max_abs(_twice_inverse(q64, ones)) < limit
         d = torch.where(plain.unsqueeze(-1), ones, _signs(q64))
         x = identity_like(q64) - _twice_inverse(q64, d)
         x = ((x - x.mT) / 2).to(q.dtype)
@@ -263,8 +207,8 @@ class MatrixExponential(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to its exponential."""
-        _require_square("MatrixExponential", x)
-        _require_float("MatrixExponential", x)
+        require_square("MatrixExponential", x)
+        require_float("MatrixExponential", x)
         with no_autocast(x):
             y = as_batch(x.to(compute_dtype(x.dtype)))
             if y.size(0) == 1:
@@ -282,28 +226,28 @@ class MatrixExponential(nn.Module):
         NoPreimage where no real principal logarithm exists: an eigenvalue that is zero or
         negative.
         """
-        _require_square("MatrixExponential", a)
-        _require_float("MatrixExponential", a)
+        require_square("MatrixExponential", a)
+        require_float("MatrixExponential", a)
         if a.is_complex():
             raise NoPreimage(
                 "MatrixExponential: only real matrices can be assigned, got a complex one."
             )
-        _require_finite("MatrixExponential", a)
+        require_finite("MatrixExponential", a)
         if a.numel() == 0:
             return a.clone()
         flat = as_batch(a.detach().double())
-        tolerance, eps = _tolerance(a), torch.finfo(a.dtype).eps
-        asymmetry = _max_abs(flat - flat.mT) / _max_abs(flat)
-        defect = _orthogonality_defect(flat)
+        allowed, eps = tolerance(a), torch.finfo(a.dtype).eps
+        asymmetry = max_abs(flat - flat.mT) / max_abs(flat)
+        defect = orthogonality_defect(flat)
         logs = torch.zeros_like(flat)
         try:
             for i, ai in enumerate(flat):
-                if asymmetry[i] <= min(tolerance, float(defect[i])):
+                if asymmetry[i] <= min(allowed, float(defect[i])):
                     logs[i] = logm.symmetric(ai)
-                elif defect[i] <= tolerance:
+                elif defect[i] <= allowed:
                     logs[i] = logm.orthogonal(ai, eps)
                 else:
-                    logs[i] = logm.general(ai, tolerance)
+                    logs[i] = logm.general(ai, allowed)
         except ValueError as error:
             raise NoPreimage(
                 f"MatrixExponential: the assigned matrix must have a real principal logarithm, got "
@@ -348,5 +292,5 @@ class Pruning(nn.Module):
 
     def right_inverse(self, a: Tensor) -> Tensor:
         """A copy of the assigned tensor."""
-        _require_finite("Pruning", a)
+        require_finite("Pruning", a)
         return a.clone()

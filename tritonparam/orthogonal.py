@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonparam.links import NoPreimage, _off_manifold, _orthogonality_defect, _require_finite
 from tritonparam.numerics import compute_dtype, identity_like, no_autocast, solve
+from tritonparam.preimage import NoPreimage, off_manifold, orthogonality_defect, require_finite
 
 MAPS = ("matrix_exp", "cayley", "householder")
 
@@ -68,7 +68,7 @@ class Orthogonal(nn.Module):
         without a base point.
         """
         require_matrix("Orthogonal", q)
-        _require_finite("Orthogonal", q)
+        require_finite("Orthogonal", q)
         if not self.use_trivialization and self.orthogonal_map != "householder":
             raise NoPreimage(
                 f"Orthogonal: nothing can be assigned to the {self.orthogonal_map} map without a "
@@ -189,9 +189,9 @@ def tall(x: Tensor) -> Tensor:
 
 def is_orthonormal(q: Tensor, dtype: torch.dtype) -> bool:
     """Whether q, tall and in fp64, has orthonormal columns up to rounding in `dtype`."""
-    defect = _orthogonality_defect(q)
+    defect = orthogonality_defect(q)
     like = torch.empty((0, q.size(-1)), dtype=dtype)
-    return bool(q.isfinite().all()) and _off_manifold(defect, torch.ones(()).to(q), like) is None
+    return bool(q.isfinite().all()) and off_manifold(defect, torch.ones(()).to(q), like) is None
 
 
 def _projected(q: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonparam.fuse import lists
 from tritonparam.legacy import SPECTRAL_NORM_KEYS, WEIGHT_NORM_KEYS, load_legacy
-from tritonparam.links import MatrixExponential, NoPreimage, Skew, Symmetric
+from tritonparam.links import MatrixExponential, Skew, Symmetric
 from tritonparam.orthogonal import Orthogonal, require_map, require_matrix
+from tritonparam.preimage import NoPreimage
 from tritonparam.register import register_parametrization
 from tritonparam.stepped import SteppedSpectralNorm
 
