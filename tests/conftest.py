@@ -45,3 +45,18 @@ def device() -> str:
 def fused_path() -> str:
     """The path of a small fused chain on this machine."""
     return "kernel" if DEVICE == "cuda" else "closed"
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """What a launcher allocates holds NaN, or -1, until a kernel has written it."""
+
+    def poisoned(allocate):
+        def made(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(torch.nan if out.is_floating_point() else -1)
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

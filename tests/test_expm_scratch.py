@@ -16,18 +16,12 @@ from tests.test_expm_kernels import check as expm_check
 from tests.test_expm_kernels import run as expm_run
 from tritonparam.kernels import expm_scratch
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a CPU each product is taken whole: the interpreter's time is that of its operations.
 WHOLE = {} if DEVICE == "cuda" else {"block_k": 64}
 run = partial(expm_run, kernels=expm_scratch, **WHOLE)
 check = partial(expm_check, kernels=expm_scratch, **WHOLE)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch):
-    """What a launcher allocates, tiles too, holds NaN until a kernel has written it."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
 @kinds

@@ -13,6 +13,7 @@ from tritonparam.kernels.grouped import Config, default_config
 from tritonparam.kernels.spectral_norm import spectral_norm_bwd, spectral_norm_fwd
 from tritonparam.kernels.weight_norm import weight_norm_bwd, weight_norm_fwd
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-12
 # [before, n, after]: contiguous rows, columns, and both; 1, odd, past a tile, past what is whole.
@@ -33,14 +34,6 @@ SHAPES = [
 ]
 # Tiles so small that these shapes fill several, on several programs.
 SMALL = Config(elements=256, max_row=512, max_odd_row=512, max_programs=6, max_tensors=2)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_outputs(monkeypatch):
-    """What a launcher allocates holds NaN until a kernel has written it."""
-    empty, like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(torch.nan))
 
 
 def assert_near(got, want, dtype, size=None):
