@@ -18,21 +18,8 @@ Factors = tuple[Tensor, Tensor, Tensor]
 Saved = tuple[Tensor, ...]
 
 _KERNELS = TallKernels("householder", max_k=256)  # one program inverts N
-
-
-def kernel_declines(x: Tensor) -> str:
-    """Why the Triton kernels cannot take x, or the empty string."""
-    return _KERNELS.declines(x)
-
-
-def kernel_file(k: int, dtype: torch.dtype) -> str:
-    """The file of kernels for k columns, or the empty string."""
-    return _KERNELS.kernel_file(k, dtype)
-
-
-def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
-    """How many kernels a forward and a backward pass launch, with or without a base."""
-    return _KERNELS.n_launches(x, based=based)
+kernel_declines, kernel_file = _KERNELS.declines, _KERNELS.kernel_file
+n_launches = _KERNELS.n_launches
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:

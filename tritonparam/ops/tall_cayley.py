@@ -21,21 +21,8 @@ Saved = tuple[Tensor, ...]
 
 _KERNELS = TallKernels("tall_cayley", max_k=256)  # one program eliminates a k×k system
 _MAX_CONDITION = 2.0  # of S, ‖S‖_F ‖M‖_F / k, up to which fp32 is as exact as the n×n system
-
-
-def kernel_declines(x: Tensor) -> str:
-    """Why the Triton kernels cannot take x, or the empty string."""
-    return _KERNELS.declines(x)
-
-
-def kernel_file(k: int, dtype: torch.dtype) -> str:
-    """The file of kernels for k columns, or the empty string."""
-    return _KERNELS.kernel_file(k, dtype)
-
-
-def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
-    """How many kernels a forward and a backward pass launch, with or without a base."""
-    return _KERNELS.n_launches(x, based=based)
+kernel_declines, kernel_file = _KERNELS.declines, _KERNELS.kernel_file
+n_launches = _KERNELS.n_launches
 
 
 def _system(c: Tensor, p: Tensor, a: float) -> Tensor:

@@ -13,21 +13,8 @@ from tritonparam.numerics import as_batch, compute_dtype, identity_like
 from tritonparam.tall_kernels import TallKernels
 
 _KERNELS = TallKernels("tall_exp", max_k=256, file="tall_expm")  # products of 4k × 4k matrices
-
-
-def kernel_declines(x: Tensor) -> str:
-    """Why the Triton kernels cannot take x, or the empty string."""
-    return _KERNELS.declines(x)
-
-
-def kernel_file(k: int, dtype: torch.dtype) -> str:
-    """The file of kernels for k columns, or the empty string."""
-    return _KERNELS.kernel_file(k, dtype)
-
-
-def n_launches(x: Tensor, *, based: bool) -> tuple[int, int]:
-    """How many kernels a forward and a backward pass launch, with or without a base."""
-    return _KERNELS.n_launches(x, based=based)
+kernel_declines, kernel_file = _KERNELS.declines, _KERNELS.kernel_file
+n_launches = _KERNELS.n_launches
 
 
 def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
