@@ -8,7 +8,7 @@ from torch import nn
 
 import tritonparam as tp
 from tests.cases import error, errors
-from tritonparam import exponential
+from tritonparam import exponential, polynomials
 from tritonparam.functional import matrix_exp, skew_exp, symmetric_exp
 
 
@@ -94,13 +94,13 @@ def test_where_the_host_does_not_look_the_result_is_the_same(kind, monkeypatch):
     assert too_large[1].isnan().all()
 
 
-@pytest.mark.parametrize("degree", exponential._TAYLOR)
+@pytest.mark.parametrize("degree", polynomials.TAYLOR)
 def test_taylor_coefficients(degree):
     """On a nilpotent shift the polynomial shows its coefficients, 1 / k!."""
     n = degree + 1
     shift = torch.diag(torch.ones(n - 1, dtype=torch.float64), 1)[None]
     square = shift @ shift
-    p, _ = exponential._taylor(shift, square, square @ shift, degree)
+    p, _ = polynomials.taylor(shift, square, square @ shift, degree)
     expected = 1 / torch.arange(n, dtype=torch.float64).add(1).lgamma().exp()
     assert torch.allclose(p[0, 0], expected, rtol=2e-14, atol=0)
 

@@ -48,6 +48,7 @@ FLOORS = {
     "injected": 1,
     "logm": 1.1,
     "preimage": 1.1,
+    "polynomials": 1,
     "exponential": 1.1,
     "tables": 1.8,
     "configs": 1.9,

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import tritonparam as tp
 from tests.cases import error, through
-from tritonparam import exponential
+from tritonparam import polynomials
 from tritonparam.kernels import elimination, tall, taylor
 from tritonparam.ops.householder import householder, householder_at
 from tritonparam.ops.tall_cayley import tall_cayley, tall_cayley_at
@@ -275,7 +275,7 @@ def test_elimination(form, norm):
 
 
 def test_the_polynomial_is_that_of_the_closed_form():
-    assert [c for row in exponential._TAYLOR[18] for c in row] == list(taylor.TAYLOR)
+    assert [c for row in polynomials.TAYLOR[18] for c in row] == list(taylor.TAYLOR)
 
 
 @pytest.mark.parametrize("k", [2, 17])  # in one program, and in several
