@@ -7,11 +7,10 @@ import torch
 
 import tritonparam as tp
 from tests.cases import error, errors, through
+from tests.tall import EMPTY, SHAPES, strided
 from tritonparam.ops.householder import householder, householder_at
 from tritonparam.orthogonal import reflectors
 
-SHAPES = ((1, 1), (5, 1), (5, 3), (13, 13), (64, 64), (65, 64), (130, 33), (3, 9, 4), (2, 3, 7, 7))
-EMPTY = ((0, 0), (3, 0), (0, 5, 3), (2, 0, 3, 2), (2, 0, 0))
 NORMS = (1e-3, 0.03, 1.0, 30.0, 1e3)
 
 
@@ -68,12 +67,7 @@ def test_empty(shape):
 
 
 def test_any_strides():
-    for x in (
-        torch.randn(4, 9, dtype=torch.float64).mT,
-        torch.randn(9, 8, dtype=torch.float64)[:, ::2],
-        torch.randn(9, 4, dtype=torch.float64).expand(3, 9, 4),
-        torch.randn(2, 4, 3, 9, dtype=torch.float64).permute(2, 0, 3, 1),
-    ):
+    for x in strided():
         assert not x.is_contiguous()
         check(x, torch.randn_like(x).mT.contiguous().mT)
         check(x, torch.randn_like(x), base=x.flip(-1))

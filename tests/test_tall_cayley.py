@@ -7,12 +7,11 @@ import torch
 
 import tritonparam as tp
 from tests.cases import error, through
+from tests.tall import EMPTY, SHAPES, strided
 from tritonparam import numerics
 from tritonparam.ops import tall_cayley as ops
 from tritonparam.ops.tall_cayley import tall_cayley, tall_cayley_at
 
-SHAPES = ((1, 1), (5, 1), (5, 3), (13, 13), (64, 64), (65, 64), (130, 33), (3, 9, 4), (2, 3, 7, 7))
-EMPTY = ((0, 0), (3, 0), (0, 5, 3), (2, 0, 3, 2), (2, 0, 0))
 NORMS = (1e-3, 0.3, 1.0, 10.0, 30.0, 100.0, 1e3)
 
 
@@ -77,12 +76,7 @@ def test_empty(shape):
 
 
 def test_any_strides():
-    for x in (
-        torch.randn(4, 9, dtype=torch.float64).mT,
-        torch.randn(9, 8, dtype=torch.float64)[:, ::2],
-        torch.randn(9, 4, dtype=torch.float64).expand(3, 9, 4),
-        torch.randn(2, 4, 3, 9, dtype=torch.float64).permute(2, 0, 3, 1),
-    ):
+    for x in strided():
         assert not x.is_contiguous()
         check(x, torch.randn_like(x).mT.contiguous().mT)
         # By columns, as QR returns it.
