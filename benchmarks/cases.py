@@ -79,6 +79,10 @@ SMALL_READS: dict[str, tuple[tuple[str, int, bool], ...]] = {
     "cuda": (),
 }
 
+# What is timed of a step.
+BOTH, FORWARD, BACKWARD = "forward+backward", "forward", "backward"
+PHASES = (BOTH, FORWARD, BACKWARD)
+
 # The spectral norm of what the map is applied to; other chains take 1.
 NORMS = {"skew_exp": torch.pi, "symmetric_exp": torch.pi}
 
@@ -95,7 +99,9 @@ ORTHOGONAL = {
 # Products of n × n matrices that forward and backward need at least: an inverse counts as one, the
 # exponentials are even/odd series of six products of symmetric matrices, which are half as dear,
 # and ten of any; without squarings.
-_PRODUCTS = {"cayley": 1 + 2, "skew_exp": 3 + 10, "symmetric_exp": 3 + 10, "matrix_exp": 4 + 8}
+_PRODUCTS = {"cayley": (1, 2), "skew_exp": (3, 10), "symmetric_exp": (3, 10), "matrix_exp": (4, 8)}
+# Operations of what is k × k inside a tall map, in k³: the exponential's is 2k × 2k.
+_INSIDE = {"tall_cayley": (2, 4), "tall_exp": (3 * 2 * 2**3, 10 * 2 * 2**3), "householder": (1, 1)}
 
 
 def rows(kind: str) -> list[Timed]:
@@ -106,19 +112,24 @@ def rows(kind: str) -> list[Timed]:
     return [Timed(name, (shape,)) for name in names for shape in CPU[name]]
 
 
-def least(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Bytes and operations that forward and backward of one fp32 weight cannot do without.
+def least(name: str, shape: tuple[int, ...], phase: str = BOTH) -> tuple[int, int]:
+    """Bytes and operations that a phase of one fp32 weight cannot do without.
 
-    Read the original and write the weight; read what comes in and one saved tensor, and write the
-    gradient.
+    Forward reads the original and writes the weight; backward reads what comes in and one saved
+    tensor, and writes the gradient.
     """
     n, k = shape[-2:]
     batch = math.prod(shape[:-2])
-    operations = 2 * _PRODUCTS.get(name, 0) * batch * k**3
+    n_bytes = [4 * tensors * math.prod(shape) for tensors in (2, 3)]
+    operations = [2 * products * batch * k**3 for products in _PRODUCTS.get(name, (0, 0))]
     if name in _TALL:  # a Gram matrix and a product, twice that backward; and what is k × k
-        inside = {"tall_cayley": 3 * 2, "tall_exp": 13 * 2 * 2**3, "householder": 2}[name]
-        operations = batch * (9 * n * k**2 + inside * k**3)
-    return 5 * 4 * math.prod(shape), operations
+        outside = [3 * n * k**2, 6 * n * k**2]
+        operations = [
+            batch * (thin + inside * k**3)
+            for thin, inside in zip(outside, _INSIDE[name], strict=True)
+        ]
+    parts = {FORWARD: slice(0, 1), BACKWARD: slice(1, 2), BOTH: slice(0, 2)}[phase]
+    return sum(n_bytes[parts]), sum(operations[parts])
 
 
 def torchs_bytes(name: str, shape: tuple[int, ...]) -> int:

@@ -59,16 +59,17 @@ class Clock:
         self.evict()
         return self._timed(step)
 
-    def queued_seconds(self, step: Step, host: float) -> float | None:
+    def queued_seconds(self, step: Step, host: float, before: Step = lambda: None) -> float | None:
         """One step on the device alone, of which the host has to queue many launches.
 
         The device is kept from starting it for twice the seconds that the host takes, or more
         where it starts before the host is done. None where it still does, since the step waits for
-        it, and on the CPU.
+        it, and on the CPU. What the step needs each time is done before.
         """
         if self.kind != "cuda":
             return None
         for pause in (2 * host, 4 * host, 8 * host):
+            before()
             self.synchronize()
             torch.cuda._sleep(int(pause * self._sleep_rate))
             self.evict()
@@ -131,8 +132,10 @@ class Clock:
     def evict(self) -> None:
         """Read twice what the L2 cache holds, so that nothing of a step is left in it.
 
-        Unlike inputs that rotate this makes outputs and saved tensors cold too, and serves graphs,
-        whose addresses are fixed. Reading leaves nothing to be written back.
+        Weights that rotate would leave warm what the allocator hands out again, outputs, saved
+        tensors and work space, and the smallest would need thousands of copies, each compiled and
+        captured apart. Reading costs the step nothing: it is over before the step begins, and it
+        leaves nothing to be written back.
         """
         if self.kind == "cuda":
             self._more_than_the_cache.sum()
@@ -165,20 +168,27 @@ class Clock:
             torch.cuda.set_sync_debug_mode("default")
         return False
 
-    def capture(self, step: Step) -> Step:
-        """A graph of a step, to be replayed; the step itself where there are no graphs."""
+    def capture(self, *steps: Step) -> list[Step]:
+        """A graph of each step, to be replayed in this order; the steps where there are no graphs.
+
+        They share their memory, so that a step finds what the one before has left.
+        """
         if self.kind != "cuda":
-            return step
+            return list(steps)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                step()
+                for step in steps:
+                    step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        return graph.replay
+        graphs = [torch.cuda.CUDAGraph() for _ in steps]
+        pool = None
+        for graph, step in zip(graphs, steps, strict=True):
+            with torch.cuda.graph(graph, pool=pool):
+                step()
+            pool = graph.pool()
+        return [graph.replay for graph in graphs]
 
     @cached_property
     def copy_rate(self) -> float:

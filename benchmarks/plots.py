@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import BOTH
+
 Row = dict[str, Any]
 MAPS = {"cayley": "#0072b2", "skew_exp": "#d55e00", "symmetric_exp": "#009e73"}  # Okabe & Ito 2008
 OTHERS = {"matrix_exp": "#cc79a7"}
@@ -49,7 +51,7 @@ def _single(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
         best: dict[int, Row] = {}
         for row in rows.get(name, []):
             shape, ours = row["shape"], row["contender"] in ("closed", "kernel")
-            if ours and shape == [shape[0]] * 2 and row["phase"] in ("forward+backward", "graph"):
+            if ours and shape == [shape[0]] * 2 and row["phase"] in (BOTH, f"{BOTH}, graph"):
                 best[shape[0]] = row  # a kernel's rows come last, and a graph's after them
         if best:
             found[name] = [best[n] for n in sorted(best)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.accuracy import summary
+from benchmarks.cases import BACKWARD, BOTH, FORWARD
 from benchmarks.peers import PEERS
 from benchmarks.rows import Row
 from tests.cases import CASES
@@ -18,6 +19,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 CONTENDERS = ("composed", "compiled", "closed", "kernel")
+ALL = CONTENDERS + tuple(peer.name for peer in PEERS)
 
 
 def _results() -> Iterator[tuple[Path, Row, dict[str, list[Row]]]]:
@@ -39,8 +41,25 @@ def _label(row: Row) -> str:
     shape = row["shape"]
     layers = isinstance(shape[0], list)
     size = f"{len(shape)} layers" if layers else "×".join(map(str, shape))
-    phase = {"forward+backward": "", "forward+backward, graph": ", graph"}.get(row["phase"])
+    phase = {BOTH: "", f"{BOTH}, graph": ", graph"}.get(row["phase"])
     return f"{row['chain']} {size}{', ' + row['phase'] if phase is None else phase}"
+
+
+def _part(row: Row) -> str:
+    """ "forward" or "backward" of a row of that alone, of the device or of a graph."""
+    part = str(row["phase"]).removesuffix(", graph")
+    return part if part in (FORWARD, BACKWARD) else ""
+
+
+def _parted(rows: list[Row]) -> list[Row]:
+    """The rows of forward and of backward alone, two in one, with the label of both."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if part := _part(row):
+            both = {**row, "phase": row["phase"].replace(part, BOTH)}
+            key = _label(both), row["contender"]
+            found.setdefault(key, both)[part] = row["median_us"]
+    return list(found.values())
 
 
 def _cases(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -53,7 +72,7 @@ def _cases(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 def _times(rows: list[Row], floors: bool) -> list[str]:
     lines = []
-    for case, by in _cases(rows).items():
+    for case, by in _cases([row for row in rows if not _part(row)]).items():
         ours = by["kernel"] if "kernel" in by else by["closed"]
         found = [by.get(c, {}) for c in CONTENDERS]
         cells = [case, *(_milliseconds(row.get("median_us")) for row in found)]
@@ -100,6 +119,11 @@ def _peer(row: Row) -> str:
     return f"{_milliseconds(row['median_us'])}, {row['speedup_of_ours']:.2f}×, {near}{error:.0e}"
 
 
+def _forward_and_backward(row: Row) -> str:
+    """Milliseconds of each."""
+    return " / ".join(_milliseconds(row.get(part)) for part in (FORWARD, BACKWARD))
+
+
 def _megabytes(row: Row) -> str:
     return f"{row['peak_bytes'] / 1e6:.3g}" if "peak_bytes" in row else ""
 
@@ -108,28 +132,35 @@ def _host_and_device(row: Row) -> str:
     """Microseconds; a graph's replay is timed on the device."""
     if row.get("host_median_us") is None:
         return ""
-    replayed = row["median_us"] if row.get("timed") == "graph replay" else None
+    replayed = row["median_us"] if row.get("timed", "").startswith("graph replay") else None
     device = row.get("device_median_us", replayed)
     return f"{row['host_median_us']:.4g} / {'–' if device is None else f'{device:.4g}'}"
 
 
 def _more(rows: list[Row]) -> list[str]:
-    """What is known beside the times: of peers, of memory, of the host and the device apart."""
-    peers = tuple(peer.name for peer in PEERS)
+    """What is known beside: of the phases, of peers, of memory, of host and device apart."""
+    parted, rows = _parted(rows), [row for row in rows if not _part(row)]
     return [
+        *_folded(
+            "Forward / backward: ms of each alone",
+            "chain, shape",
+            parted,
+            ALL,
+            _forward_and_backward,
+        ),
         *_folded(
             "Peers: ms, how much faster ours is, the weight's distance from its constraint, or its "
             "error where that is none (≈: an approximation by design)",
             "chain, shape",
             rows,
-            peers,
+            ALL[len(CONTENDERS) :],
             _peer,
         ),
         *_folded(
             "Memory: MB that one forward and backward holds at its peak",
             "chain, shape",
             rows,
-            CONTENDERS + peers,
+            ALL,
             _megabytes,
         ),
         *_folded(

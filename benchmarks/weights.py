@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import tritonparam as tp
-from benchmarks.cases import NORMS, Timed, least, torchs_bytes, torchs_own
-from benchmarks.clock import Clock, Sample, Step
+from benchmarks.cases import BOTH, NORMS, Timed, least, torchs_bytes, torchs_own
+from benchmarks.clock import Clock
+from benchmarks.passes import SLOW, Pass, Reader, Samples
 from benchmarks.peers import Peer, constraint_error, peers
 from tests.cases import composed, error, fused
 
-# Seconds: above the first nothing is compiled, and a baseline or a peer that takes longer than the
-# second is timed once.
-SLOW = 0.3
+# Seconds: a baseline or a peer that takes longer is timed once.
 ONCE = {"cpu": float("inf"), "cuda": 1.0}
 # The largest relative error of a value, or of a constraint, with which a peer is timed, unless it
 # is an approximation: torch's own exponentials are off by 5e-6.
 EXACT = 1e-4
-
-
-class Reader(NamedTuple):
-    """What reads the weights of modules: on which path, and the call."""
-
-    path: str
-    read: Callable[[], list[Tensor]]
-    parameters: list[nn.Parameter]
-
-
-def _reader(path: str, modules: list[nn.Module]) -> Reader:
-    parameters = [x for module in modules for x in module.parameters()]
-    return Reader(path, lambda: [module.weight for module in modules], parameters)
 
 
 def _value(reader: Reader) -> Tensor:
@@ -47,7 +31,7 @@ class Weights:
 
     Attributes:
         why_none: why there is no baseline, or the empty string.
-        once: its time where it is too slow to be timed again, known after `readers`.
+        once: its times where it is too slow to be timed again, known after `passes`.
     """
 
     def __init__(self, timed: Timed, clock: Clock) -> None:
@@ -61,7 +45,7 @@ class Weights:
         self.modules = [case.module(x) for x in self.originals]
         make = torchs_own(case)
         self.why_none = self._no_room() if make else ""
-        self.once: Sample | None = None
+        self.once: Samples | None = None
         self.theirs: list[nn.Module] = []
         if not self.why_none:
             self.theirs = [make(x) if make else case.module(x) for x in self.originals]
@@ -99,17 +83,22 @@ class Weights:
         for module in (*self.modules, *self.theirs):
             module.train()
 
-    def readers(self) -> dict[str, Reader]:
-        """What reads the weights, by contender."""
-        found: dict[str, Reader] = {}
-        sample = self._baseline()
-        if sample is not None:
-            found["composed"] = theirs = _reader("composed", self.theirs)
-            self.once = sample if sample.seconds > ONCE[self.clock.kind] else None
-            if sample.seconds < SLOW:
+    def passes(self) -> dict[str, Pass]:
+        """Forward and backward over these weights, by contender; each has run."""
+        readers: dict[str, Reader] = {}
+        samples = self._baseline()
+        if samples is not None:
+            readers["composed"] = theirs = Reader.of("composed", self.theirs)
+            self.once = samples if samples[BOTH].seconds > ONCE[self.clock.kind] else None
+            if samples[BOTH].seconds < SLOW:
                 read = torch.compile(theirs.read, dynamic=False)
-                found["compiled"] = theirs._replace(read=read)
-        return found | {path: _reader(path, self.modules) for path in self.paths()}
+                readers["compiled"] = theirs._replace(read=read)
+        readers |= {path: Reader.of(path, self.modules) for path in self.paths()}
+        found = {name: Pass(reader, self.gs) for name, reader in readers.items()}
+        for name, other in found.items():
+            if name != "composed":
+                other.run()
+        return found
 
     def peers(self) -> list[Peer]:
         """Those that do the same for one weight, if torch has the room for it."""
@@ -120,7 +109,7 @@ class Weights:
     def gate_of(self, peer: Peer) -> tuple[Reader, dict[str, float]]:
         """What reads a peer's weight; how far that is from the constraint, and from the chain."""
         torch.manual_seed(0)
-        reader = _reader("composed", [peer.make(self.timed.case, self.originals[0]).train()])
+        reader = Reader.of("composed", [peer.make(self.timed.case, self.originals[0]).train()])
         return reader, self.constraint(reader) | self._distance(reader, peer)
 
     def constraint(self, reader: Reader) -> dict[str, float]:
@@ -134,53 +123,26 @@ class Weights:
         if self.timed.name in peer.other_map:
             return {}
         exact = deepcopy(self.modules[0]).double()
-        y64 = _value(_reader("composed", [exact]))
+        y64 = _value(Reader.of("composed", [exact]))
         return {"value_error": error(_value(reader), y64)}
 
-    def _baseline(self) -> Sample | None:
+    def _baseline(self) -> Samples | None:
         """Its second run, or None where there is no baseline, or too little memory for it."""
         if self.why_none:
             return None
-        step = into_grad(self, _reader("composed", self.theirs))
+        theirs = Pass(Reader.of("composed", self.theirs), self.gs)
         try:
-            step()
-            return self.clock.sample(step)
+            theirs.run()
+            return theirs.samples(self.clock)
         except torch.OutOfMemoryError:
             self.theirs, self.why_none = [], "none: torch's runs out of memory"
             return None
 
-    def floor(self) -> float:
-        """Seconds of the bytes and operations that all of them need."""
-        needs = [least(self.timed.name, shape) for shape in self.timed.shapes]
+    def floor(self, phase: str) -> float:
+        """Seconds of the bytes and operations that all of them need in a phase."""
+        needs = [least(self.timed.name, shape, phase) for shape in self.timed.shapes]
         n_bytes, operations = (sum(column) for column in zip(*needs, strict=True))
         return self.clock.floor(n_bytes, operations, self.timed.shapes[0][-1])
-
-
-def into_grad(weights: Weights, reader: Reader) -> Step:
-    """A step as in training: gradients go to ``.grad``, which is None before."""
-
-    def step() -> None:
-        with tp.use_path(reader.path):
-            drop(reader)
-            torch.autograd.backward(reader.read(), weights.gs)
-
-    return step
-
-
-def returned(weights: Weights, reader: Reader) -> Step:
-    """The same for a graph: gradients are returned, whatever stream the parameters came from."""
-
-    def step() -> object:
-        with tp.use_path(reader.path):
-            return torch.autograd.grad(reader.read(), reader.parameters, weights.gs)
-
-    return step
-
-
-def drop(reader: Reader) -> None:
-    """Let go of the gradients."""
-    for x in reader.parameters:
-        x.grad = None
 
 
 def gate(module: nn.Module, g: Tensor, paths: list[str]) -> dict[str, tuple[float, float]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,92 +12,34 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import clock as clocks
-from benchmarks import machine, measure, report, test_speed, weights
-from benchmarks.cases import CUDA, LAYERS, SMALL_READS, Timed, least, rows
+from benchmarks import machine, measure, reads, report, rounds, test_speed, weights
+from benchmarks.cases import (
+    BACKWARD,
+    BOTH,
+    CUDA,
+    FORWARD,
+    LAYERS,
+    PHASES,
+    SMALL_READS,
+    Timed,
+    least,
+    rows,
+)
 from benchmarks.clock import Clock
+from benchmarks.passes import Pass
 from tests.cases import CASES
-
-SMALL = (1 << 12, 8)
-
-
-class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def synchronize(self):
-        assert self.at
-
-    def query(self):
-        return False
-
-    def elapsed_time(self, end):
-        return (end.at - self.at) * 1e3
-
-
-class Graph:
-    """Replays the last step that ran under ``torch.cuda.graph``, which is taken to cost nothing."""
-
-    def replay(self):
-        pass
-
-
-class Stream:
-    def wait_stream(self, stream):
-        assert isinstance(stream, Stream)
+from tests.stand_in_gpu import SMALL, stand_in
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A "cuda" clock for tensors on the CPU; `synchronizes` and `fails` say which steps do."""
-    state = SimpleNamespace(synchronizes=False, fails=False, mode="default", free=1 << 40)
-    state.held = itertools.count(100, 50)
-
-    def set_mode(mode):
-        state.mode = mode
-
-    @contextlib.contextmanager
-    def graph(_):
-        if state.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nCUDA error")
-        yield
-
-    def step_in_debug_mode(step):
-        if state.mode == "error" and state.synchronizes:
-            raise RuntimeError("called a synchronizing CUDA operation")
-        return step()
-
-    properties = SimpleNamespace(L2_cache_size=1 << 10)
-    stand_ins = {
-        "Event": Event,
-        "Stream": Stream,
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": Stream,
-        "synchronize": lambda: None,
-        "empty_cache": lambda: None,
-        "mem_get_info": lambda: (state.free, 1 << 40),
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100,
-        "max_memory_allocated": lambda: next(state.held),
-        "_sleep": lambda cycles: None,
-        "set_sync_debug_mode": set_mode,
-        "get_device_properties": lambda: properties,
-        "get_device_name": lambda: "Stand-in 1",
-    }
-    for name, stand_in in stand_ins.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    """Stand-ins for a GPU; nothing is compiled, and rounds are few."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(measure, "ROUNDS", 3)
-    monkeypatch.setattr(measure, "WARM_UP", 0)
+    for name, value in (("LEAST", 1), ("ROUNDS", 1), ("WARM_UP", 0)):
+        monkeypatch.setattr(rounds, name, value)
     monkeypatch.setattr(measure, "DEVICE_ROUNDS", 1)
     monkeypatch.setattr(weights, "peers", lambda chain, shape: [])
-    state.clock = Clock("cuda", device="cpu", largest=SMALL)
-    state.run = step_in_debug_mode
-    return state
+    return stand_in(monkeypatch)
 
 
 def small(timed: Timed) -> Timed:
@@ -131,20 +70,24 @@ def folder(cuda, tmp_path, monkeypatch):
     return folder
 
 
-DISTINCT = list(dict.fromkeys(small(timed) for timed in CUDA))
+# What a graph is replayed of is timed in eager mode too.
+DISTINCT = list(
+    {(t.name, t.shapes): t for t in map(small, sorted(CUDA, key=lambda t: t.graph))}.values()
+)
 
 
 @pytest.mark.parametrize("timed", DISTINCT, ids=test_speed._name)
 def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch):
     monkeypatch.setattr(clocks, "PRODUCTS_FROM", 4)
     monkeypatch.setattr(measure, "PRODUCTS_FROM", 4)
-    monkeypatch.setattr(weights, "SLOW", float("inf"))  # however busy the machine is
-    results = {"started": time.monotonic()}
-    test_speed.test_forward_backward(timed, benchmark_stand_in, results)
+    for module in (weights, measure):
+        monkeypatch.setattr(module, "SLOW", float("inf"))  # however busy the machine is
+    test_speed.test_forward_backward(timed, benchmark_stand_in, test_speed.Results())
     content = json.loads((folder / f"{timed.name}.json").read_text())
     assert set(content["rates"]) == {"copy_gb_per_s", "float32_tflops", "3xtf32_tflops"}
     assert all(rate > 0 for rate in content["rates"].values())
-    phases = ["forward+backward", *["forward+backward, graph"] * timed.graph]
+    wholes = [BOTH, *[f"{BOTH}, graph"] * timed.graph]
+    phases = [phase + graph for graph in ("", ", graph")[: len(wholes)] for phase in PHASES]
     assert list(dict.fromkeys(row["phase"] for row in content["rows"])) == phases
     contenders = ["composed", "compiled", "closed"]
     if timed.case.max_kernel_n:
@@ -157,25 +100,32 @@ def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch
             assert row["floor_us"] > 0
             assert row["median_us"] >= 0
             assert row["host_p20_us"] <= row["host_median_us"] <= row["host_p80_us"]
-            assert ("value_error" in row) == (row["contender"] != "compiled")
+            whole = phase in wholes
+            assert ("value_error" in row) == (whole and row["contender"] != "compiled")
             assert ("timed" in row) == ("graph" in phase)
             if "graph" in phase:
                 assert row["timed"] == "graph replay"
+            else:
+                assert row["device_median_us"] >= 0
+            assert row["speedup_over_composed"] > 0
             assert ("product_us" in row) == (timed.shapes[0][-1] >= 4)
     table, *folded = report.tables().split("<details>")
     assert "| floor |" in table
-    assert table.count(f"| {timed.name} ") == len(phases)
-    assert table.count(", graph |") == len(phases) - 1
-    memory, apart = folded
+    assert table.count(f"| {timed.name} ") == len(wholes)
+    assert table.count(", graph |") == len(wholes) - 1
+    parts, memory, apart = folded
+    assert parts.count(f"| {timed.name} ") == len(wholes)
+    assert parts.count(", graph |") == len(wholes) - 1
     assert memory.count(f"| {timed.name} ") == 1
-    assert apart.count(f"| {timed.name} ") == len(phases)
+    assert apart.count(f"| {timed.name} ") == len(wholes)
+    assert f"{wholes[-1]}: speedup" in benchmark_stand_in.extra_info
 
 
 def test_the_read(folder, cuda, benchmark_stand_in, monkeypatch):
-    monkeypatch.setattr(measure, "READS", 1)
-    monkeypatch.setattr(measure, "READ_ROUNDS", 2)
+    monkeypatch.setattr(reads, "READS", 1)
+    monkeypatch.setattr(reads, "ROUNDS", 2)
     monkeypatch.setattr(test_speed, "READ_SIZE", {"cuda": 5})
-    test_speed.test_read_without_gradient(benchmark_stand_in, {"started": time.monotonic()})
+    test_speed.test_read_without_gradient(benchmark_stand_in, test_speed.Results())
     content = json.loads((folder / "read.json").read_text())
     assert [row["contender"] for row in content["rows"]] == ["composed", "kernel"]
     assert all(row["shape"] == [5, 5] for row in content["rows"])
@@ -185,14 +135,14 @@ def test_the_read(folder, cuda, benchmark_stand_in, monkeypatch):
 @pytest.mark.parametrize("name", ["cayley", "weight_norm"])
 def test_a_small_read_and_its_backward_pass(name, cuda, tmp_path, benchmark_stand_in, monkeypatch):
     for module, attribute, value in (
-        (measure, "READS", 1),
-        (measure, "READ_ROUNDS", 2),
+        (reads, "READS", 1),
+        (reads, "ROUNDS", 2),
         (report, "ROOT", tmp_path),
         (test_speed, "OUT", str(tmp_path / "benchmarks" / "results" / "one")),
         (test_speed, "CLOCK", Clock("cpu", largest=SMALL)),
     ):
         monkeypatch.setattr(module, attribute, value)
-    results = {"started": time.monotonic()}
+    results = test_speed.Results()
     for backward in (False, True):
         test_speed.test_read(name, 5, backward, benchmark_stand_in, results)
     content = json.loads((tmp_path / "benchmarks/results/one/read.json").read_text())
@@ -216,10 +166,28 @@ def test_small_reads_are_chains_of_the_table():
 
 def test_a_spent_budget_skips(folder, benchmark_stand_in, monkeypatch):
     monkeypatch.setattr(test_speed, "BUDGET", -1.0)
-    results = {"started": time.monotonic()}
+    results = test_speed.Results()
     with pytest.raises(pytest.skip.Exception, match="budget is spent"):
         test_speed.test_forward_backward(DISTINCT[0], benchmark_stand_in, results)
     assert not folder.exists()
+
+
+def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in, monkeypatch):
+    def tables(timed, clock, repeat):
+        yield [{"contender": "composed", "phase": BOTH}]
+        monkeypatch.setattr(test_speed, "BUDGET", -1.0)
+        yield [{"contender": "closed", "phase": BOTH, "speedup_over_composed": 2.0}]
+        raise AssertionError("the time is spent")
+
+    monkeypatch.setattr(measure, "forward_backward", tables)
+    results = test_speed.Results()
+    for name in ("cayley", "skew_exp"):
+        with pytest.raises(pytest.skip.Exception, match="budget is spent"):
+            test_speed.test_forward_backward(Timed(name, ()), benchmark_stand_in, results)
+    (path,) = folder.iterdir()
+    content = json.loads(path.read_text())
+    assert [row["contender"] for row in content["rows"]] == ["composed", "closed"]
+    assert content["machine"]["device"] == "Stand-in 1"
 
 
 TALL = small(next(timed for timed in CUDA if timed.name == "tall_cayley"))
@@ -230,36 +198,47 @@ def both(timed, clock):
     return [row for table in measure.forward_backward(timed, clock) for row in table]
 
 
+def graphs(table, phase=BOTH):
+    return [row for row in table if row["phase"] == f"{phase}, graph"]
+
+
 def test_what_synchronizes_is_timed_eagerly(cuda, monkeypatch):
     cuda.synchronizes = True
-    returned = measure.returned
+    run = Pass.both
 
-    def checked(weights, reader):
-        step = returned(weights, reader)
-        return (lambda: cuda.run(step)) if reader.path == "composed" else step
+    def checked(self):
+        return cuda.run(lambda: run(self)) if self.reader.path == "composed" else run(self)
 
-    monkeypatch.setattr(measure, "returned", checked)
-    graphs = [row for row in both(SQUARE, cuda.clock) if "graph" in row["phase"]]
-    found = {row["contender"]: row["timed"] for row in graphs}
-    assert found["composed"] == found["compiled"] == "eager: it synchronizes"
-    assert found["closed"] == "graph replay"
-    assert cuda.mode == "default"
-
-
-def test_another_error_is_not_a_synchronization(cuda):
-    def broken():
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        cuda.clock.synchronizes(broken)
+    monkeypatch.setattr(Pass, "both", checked)
+    table = both(SQUARE, cuda.clock)
+    for phase in PHASES:
+        found = {row["contender"]: row["timed"] for row in graphs(table, phase)}
+        assert found["composed"] == found["compiled"] == "eager: it synchronizes"
+        assert found["closed"] == "graph replay"
     assert cuda.mode == "default"
 
 
 def test_what_cannot_be_captured_says_so(cuda):
-    cuda.fails = True
-    graphs = [row for row in both(SQUARE, cuda.clock) if "graph" in row["phase"]]
-    reason = "eager: it cannot be captured: operation not permitted when stream is capturing"
-    assert {row["timed"] for row in graphs} == {reason}
+    cuda.captured = 0
+    found = graphs(both(SQUARE, cuda.clock))
+    reason = "it cannot be captured: operation not permitted when stream is capturing"
+    assert {row["timed"] for row in found} == {f"eager: {reason}"}
+
+
+def test_what_can_be_captured_only_as_a_whole_says_so(cuda):
+    cuda.captured = 1  # the baseline's whole; not its parts
+    table = both(SQUARE, cuda.clock)
+    first, *others = graphs(table)
+    reason = "it cannot be captured: operation not permitted when stream is capturing"
+    assert first["timed"] == f"graph replay; in parts {reason}"
+    assert first["median_us"] >= 0
+    for phase in (FORWARD, BACKWARD):
+        first, *others = graphs(table, phase)
+        assert first["median_us"] is None
+        assert all(row["median_us"] >= 0 for row in others)
+        assert {row["timed"] for row in others} == {f"eager: {reason}"}
+    host_and_device = [line for line in report._more(table) if ", graph" in line][-1]
+    assert "–" not in host_and_device.split("|")[2]  # a replay is timed on the device
 
 
 def test_a_baseline_beyond_the_memory_is_a_row_of_none(cuda):
@@ -274,15 +253,14 @@ def test_a_baseline_beyond_the_memory_is_a_row_of_none(cuda):
 
 
 def test_a_baseline_that_runs_out_of_memory_is_a_row_of_none(cuda, monkeypatch):
-    into_grad = weights.into_grad
+    run = Pass.run
 
-    def out_of_memory(weights, reader):
-        def step():
+    def out_of_memory(self):
+        if self.reader.path == "composed":
             raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self)
 
-        return step if reader.path == "composed" else into_grad(weights, reader)
-
-    monkeypatch.setattr(weights, "into_grad", out_of_memory)
+    monkeypatch.setattr(Pass, "run", out_of_memory)
     none, *_ = both(TALL, cuda.clock)
     assert none["timed"] == "none: torch's runs out of memory"
 
@@ -306,29 +284,14 @@ def test_a_wrong_result_is_not_timed(cuda, monkeypatch):
         both(SQUARE, cuda.clock)
 
 
-def test_the_product_in_three_parts_is_exact():
-    x = torch.randn(64, 64)
-    hi, lo = clocks._split(x)
-    assert torch.equal(hi + lo, x)
-    assert torch.equal(hi.view(torch.int32) & 0x1FFF, torch.zeros(64, 64, dtype=torch.int32))
-    product = hi @ hi + hi @ lo + lo @ hi
-    assert (product.double() - x.double() @ x.double()).norm() <= 1e-6 * product.norm()
-
-
-def test_the_floor_is_the_larger_of_bytes_and_products(cuda):
-    clock = cuda.clock
-    clock.__dict__ |= {"copy_rate": 100.0, "product_rate": {"float32": 10.0, "3xtf32": 20.0}}
-    assert clock.floor(1000, 0, 4) == 10.0
-    assert clock.floor(1000, 100, 4) == 10.0
-    assert clock.floor(1000, 400, 4) == 20.0
-    clock._products[1024] = {"float32": 2.0 * 1024, "3xtf32": 4.0 * 1024}
-    assert clock.floor(1, 1024**2, 1024) == 1.0
-
-
 def test_what_no_algorithm_can_do_without():
     assert least("cayley", (4096, 16, 16)) == (20 * 4096 * 256, 6 * 4096 * 16**3)
     assert least("spectral_norm", (512, 4608)) == (20 * 512 * 4608, 0)
     assert least("householder", (4096, 64))[1] == 9 * 4096 * 64**2 + 2 * 64**3
+    assert least("cayley", (16, 16), FORWARD) == (8 * 256, 2 * 16**3)
+    for name in {case.name for case in CASES}:
+        parts = [least(name, (128, 64), phase) for phase in (FORWARD, BACKWARD)]
+        assert tuple(map(sum, zip(*parts, strict=True))) == least(name, (128, 64))
 
 
 def test_the_tables():
@@ -343,47 +306,24 @@ def test_the_tables():
 
 def test_the_cpu_has_no_floors_and_no_graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(measure, "ROUNDS", 3)
+    for module, name, value in ((rounds, "ROUNDS", 3), (reads, "READS", 1), (reads, "ROUNDS", 2)):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(weights, "peers", lambda chain, shape: [])
     clock = Clock("cpu", largest=SMALL)
     table = both(Timed("cayley", ((2, 4, 4),)), clock)
-    assert [row["contender"] for row in table] == ["composed", "compiled", "closed"]
+    found = [(row["phase"], row["contender"]) for row in table]
+    contenders = ("composed", "compiled", "closed")
+    assert found == [(phase, contender) for phase in PHASES for contender in contenders]
+    for whole, forward, backward in zip(table[:3], table[3:6], table[6:], strict=True):
+        assert whole["median_us"] > max(forward["median_us"], backward["median_us"])
     keys = {"chain", "shape", "dtype", "phase", "contender", "median_us", "p20_us", "p80_us"}
     keys |= {"speedup_over_composed", "value_error", "gradient_error"}
     keys |= {"constraint_error", "peak_bytes"}
     assert set(table[0]) == set(table[2]) == keys
     assert not clock.synchronizes(lambda: None)
-    assert clock.capture(both) is both
+    assert clock.capture(both) == [both]
     assert clock.free_bytes() > 0
-    assert [row["contender"] for row in measure.read(CASES[0], 4, clock)] == [
+    assert [row["contender"] for row in reads.read(CASES[0], 4, clock)] == [
         "composed",
         "closed",
     ]
-
-
-def test_the_peak_of_what_a_step_allocates(cuda):
-    def step():
-        x = torch.empty(1000)
-        y = x + 1
-        del x
-        z = y * 2
-        del y, z
-        torch.linalg.solve(torch.eye(100), torch.eye(100))
-
-    at_once = Clock("cpu").peak_bytes(step)
-    assert 3 * 40_000 <= at_once <= 6 * 40_000  # two arguments, and what LU takes inside
-    assert Clock("cpu").peak_bytes(lambda: [torch.empty(1000) for _ in range(3)] and None) == 12_000
-    assert cuda.clock.peak_bytes(step) == 0
-    assert cuda.clock.peak_bytes(step) == 50
-
-
-def test_the_device_alone_is_queued_while_it_sleeps(cuda, monkeypatch):
-    slept = []
-    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
-    cuda.clock.__dict__["_sleep_rate"] = 1e6
-    assert cuda.clock.queued_seconds(lambda: None, 0.01) >= 0
-    assert slept == [20_000]
-    monkeypatch.setattr(Event, "query", lambda self: True)  # it has come to the step already
-    assert cuda.clock.queued_seconds(lambda: None, 0.01) is None
-    assert slept == [20_000] * 2 + [40_000, 80_000]
-    assert Clock("cpu").queued_seconds(lambda: None, 0.01) is None

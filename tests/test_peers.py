@@ -10,15 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measure, weights
+from benchmarks import measure, rounds, weights
 from benchmarks import peers as peers_of
-from benchmarks.cases import Timed
+from benchmarks.cases import BOTH, Timed
 from benchmarks.clock import Clock
 from benchmarks.peers import PEERS, Peer, constraint_error
 
 
-def rows_of(timed, clock):
-    return [row for table in measure.forward_backward(timed, clock) for row in table]
+def rows_of(timed, clock, phase=BOTH):
+    table = [row for part in measure.forward_backward(timed, clock) for row in part]
+    return [row for row in table if row["phase"] == phase]
 
 
 def from_peers(timed, clock):
@@ -29,7 +30,7 @@ def from_peers(timed, clock):
 def quick(monkeypatch):
     """A clock of the CPU; nothing is compiled."""
     for name, value in (("ROUNDS", 3), ("WARM_UP", 1)):
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(rounds, name, value)
     monkeypatch.setattr(weights, "SLOW", 0.0)
     return Clock("cpu", largest=(1 << 12, 8))
 

@@ -11,6 +11,7 @@ from benchmarks import machine, report
 
 def test_the_report_folds_what_stands_beside_the_times():
     base = {"chain": "cayley", "shape": [64, 64], "phase": "forward+backward"}
+    base["speedup_over_composed"] = 2.0
     none = {"median_us": None, "timed": "none: it runs out of memory"}
     host = {"median_us": 90.0, "host_median_us": 80.0}
     graph = {"phase": "forward+backward, graph", "contender": "kernel", "timed": "graph replay"}
@@ -22,15 +23,24 @@ def test_the_report_folds_what_stands_beside_the_times():
         base | peer | {"contender": "torch"},
         base | peer | {"contender": "peft", "constraint_error": 0.37, "approximate": True},
         base | none | {"contender": "geotorch"},
+        base | host | {"contender": "kernel", "phase": "forward", "median_us": 31.0},
+        base | host | {"contender": "kernel", "phase": "backward", "median_us": 64.5},
+        base | host | {"contender": "peft", "phase": "forward", "median_us": 1000.0},
+        base | graph | {"phase": "backward, graph", "median_us": 6.0},
     ]
     lines = report._more(rows)
+    assert "| chain, shape | kernel | peft |" in lines
+    assert "| cayley 64×64 | 0.031 / 0.0645 | 1 / – |" in lines
+    assert "| cayley 64×64, graph | – / 0.006 | – |" in lines
     assert "| chain, shape | torch | peft |" in lines
     assert "| cayley 64×64 | 5.13, 4.75×, 2e-07 | 5.13, 4.75×, ≈ 4e-01 |" in lines
     assert "| chain, shape | composed | kernel |" in lines
     assert "| cayley 64×64 | 0.131 | 0.0823 |" in lines
     assert "| cayley 64×64 | 80 / – | 80 / 12 |" in lines
     assert "| cayley 64×64, graph | – | 3 / 10 |" in lines
-    assert lines.count("</details>") == 3
+    assert lines.count("</details>") == 4
+    assert sum("64×64" in line for line in lines) == 6  # parts are in no table but their own
+    assert len(report._times(rows[:3] + rows[6:], floors=False)) == 2
     assert report._more([{**base, "contender": "closed", "median_us": 1.0}]) == []
 
 
@@ -60,12 +70,18 @@ def test_plots_show_what_the_rows_hold(tmp_path):
         base = {"shape": [n, n], "contender": contender, "phase": "forward+backward"}
         return base | {"speedup_over_composed": speed, "median_us": 50.0} | more
 
-    kernels = [row(n, "kernel", n / 8, floor_us=5.0) for n in (64, 128, 256)]
-    rows = {"cayley": [*[row(n, "composed", 1.0) for n in (64, 128, 256)], *kernels]}
+    kernels = [row(n, "kernel", n / 16, floor_us=0.5) for n in (64, 128, 256)]
+    parts = [row(n, "kernel", 500.0, phase="backward") for n in (64, 128, 256)]
+    graphs = [{**r, "phase": "forward+backward, graph", "floor_us": 5.0} for r in kernels]
+    for r in graphs:
+        r["speedup_over_composed"] *= 2
+    composed = [row(n, "composed", 1.0) for n in (64, 128, 256)]
+    rows = {"cayley": [*composed, *kernels, *parts, *graphs]}
     written = plots.draw(rows, "a device", tmp_path)
     assert [path.name for path in written] == ["speed.svg", "floor.svg"]
-    for path, texts in zip(written, (("20×", "256", "cayley"), ("10 %", "cayley")), strict=True):
+    for path, texts in zip(written, (("50×", "256", "cayley"), ("10 %", "cayley")), strict=True):
         assert all(f">{text}<" in path.read_text() for text in texts), path
         assert "a device" in path.read_text()
+        assert "100×" not in path.read_text()  # of the backward pass alone
         assert path.with_suffix(".png").stat().st_size > 5000
     assert plots.draw({}, "a device", tmp_path) == []
