@@ -59,7 +59,7 @@ def _mean_of_diagonal(w_ptr, n_cols, stride, BLOCK: tl.constexpr, ACC: tl.conste
         place = start + tl.arange(0, BLOCK)
         d = tl.load(w_ptr + place.to(tl.int64) * stride, mask=place < n_cols, other=0.0)
         total += d.to(ACC)
-    mean = tl.sum(total, axis=0) / n_cols.to(ACC)
+    mean = tl.sum(total, axis=0) / tl.cast(n_cols, ACC)
     return tl.where(mean < 0.0, tl.maximum(mean, -500.0), 0.0).to(ACC)
 
 

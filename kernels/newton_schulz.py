@@ -63,7 +63,7 @@ def _start_kernel(
         mask = tile0 + tile < n_tiles
         trace += tl.load(sums_ptr + (tile0 + tile) * 2, mask=mask, other=0.0)
         squares += tl.load(sums_ptr + (tile0 + tile) * 2 + 1, mask=mask, other=0.0)
-    single = (n_cols % 2).to(ACC)
+    single = tl.cast(n_cols % 2, ACC)
     pairs = tl.maximum(n_cols // 2, 1).to(ACC)
     mean = (tl.sum(trace, axis=0) - single) / (2.0 * pairs)
     square = (tl.sum(squares, axis=0) - single) / (2.0 * pairs)

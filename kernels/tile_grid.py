@@ -55,8 +55,9 @@ def tile_sum(
 @triton.jit
 def triangle(index):
     """The tile pair (i, j), i <= j, of an index into the triangle, column after column."""
-    # Exact up to 2000 tiles in a row: below 2^24 the square root of 8 index + 1 rounds right.
-    j = ((tl.sqrt((8 * index + 1).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
+    # 8 index + 1 is (2j + 1)^2 where a column begins, and a GPU's square root may be an ulp less:
+    # halfway between two columns it is right up to 1400 tiles in a row.
+    j = ((tl.sqrt((8 * index + 5).to(tl.float32)) - 1.0) * 0.5).to(tl.int32)
     return index - j * (j + 1) // 2, j
 
 

@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from tritonparam.kernels.gemm import FORMS, Config, n_tiles, product, product_config
 from tritonparam.kernels.mirror import skew_square, symmetric_square
+from tritonparam.kernels.tile_grid import triangle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +160,32 @@ def test_nan_stays_in_its_matrix(form, bad, dtype):
     found = product(a, b, CONFIG[dtype], form=form)
     assert torch.equal(found[::2], clean[::2])
     assert not found[1, 0, 1:].isfinite().any()
+
+
+@triton.jit
+def _triangle_kernel(i_ptr, j_ptr, n_tiles, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i, j = triangle(index)
+    tl.store(i_ptr + index, i, mask=index < n_tiles)
+    tl.store(j_ptr + index, j, mask=index < n_tiles)
+
+
+@pytest.mark.parametrize("ulps", [-1, 0, 1])
+def test_tiles_are_found_by_a_root_as_inexact_as_that_of_a_gpu(ulps, monkeypatch):
+    if DEVICE == "cpu":
+        builder = triton.runtime.interpreter.InterpreterBuilder
+        exact = builder.create_sqrt
+
+        def inexact(self, x):
+            y = exact(self, x)
+            y.data = np.nextafter(y.data, y.data + np.float32(ulps))
+            return y
+
+        monkeypatch.setattr(builder, "create_sqrt", inexact)
+    j, i = torch.tril_indices(500, 500, dtype=torch.int32, device=DEVICE)
+    found = torch.zeros(2, len(i), dtype=torch.int32, device=DEVICE)
+    _triangle_kernel[(triton.cdiv(len(i), 1 << 16),)](*found, len(i), BLOCK=1 << 16)
+    assert torch.equal(found, torch.stack([i, j]))
 
 
 @pytest.mark.parametrize("group", [1, 2, 5])
