@@ -24,16 +24,13 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.ready
 	$(RUN) -m pytest benchmarks --quiet
 
-# On a machine with a GPU, in the Python that has its torch: the tests that use it, compute-sanitizer
-# where there is one, then the benchmarks in what is left of BUDGET seconds. Result files go to $OUT
-# where it is set, else to benchmarks/results/<device>/.
-GPU_TESTS := tests/test_gpu.py tests/test_chains.py tests/test_cayley_kernels.py \
-	tests/test_expm_kernels.py tests/test_expm_gemm.py tests/test_gemm.py \
-	tests/test_newton_schulz.py tests/test_norm_kernels.py tests/test_torch_around.py
+# On a machine with a GPU, in the Python that has its torch: the tests that use it, marked by
+# tests/conftest.py, compute-sanitizer where there is one, then the benchmarks in what is left of
+# BUDGET seconds. Result files go to $OUT where it is set, else to benchmarks/results/<device>/.
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@start=$$(date +%s); status=0; \
-	$(GPU_PYTHON) -m pytest --quiet $(GPU_TESTS) || status=$$?; \
+	$(GPU_PYTHON) -m pytest --quiet tests -m gpu || status=$$?; \
 	$(GPU_PYTHON) -m tests.sanitize || status=$$?; \
 	export TRITONPARAM_BENCH_DEVICE=cuda TRITONPARAM_BENCH_OUT="$(OUT)"; \
 	export TRITONPARAM_BENCH_BUDGET=$$(($(BUDGET) - $$(date +%s) + start)); \

@@ -387,7 +387,13 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
 
 
 def shipped(backend: str) -> list[tuple]:
-    """Default launches: each kernel and each kind once, since compiling one takes seconds."""
-    default = config(64, torch.float32, backend)
-    forward = launches("fwd", "skew_exp", 64, torch.float32, default)
-    return forward + launches("bwd", "symmetric_exp", 64, torch.float32, default)
+    """Every default launch, for compiling ahead of time; of 16 bits one dtype for each kind, they
+    convert alike."""
+    rows: list[tuple] = []
+    for chain, half in (("skew_exp", torch.bfloat16), ("symmetric_exp", torch.float16)):
+        wide = [(n, torch.float64) for n in (16, 32, 64)]
+        for n, dtype in (*wide, (64, torch.float32), (64, half)):
+            default = config(n, compute_dtype(dtype), backend)
+            for phase in ("fwd", "bwd"):
+                rows += launches(phase, chain, n, dtype, default)
+    return rows

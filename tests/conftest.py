@@ -26,6 +26,15 @@ if os.environ.get("TRITON_INTERPRET"):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(items):
+    """Marked `gpu`, for ``make gpu``: what runs on a GPU where there is one, test by test where it
+    takes `device`, else by file."""
+    for item in items:
+        module = getattr(item, "module", None)  # none of a docstring's example
+        if "device" in getattr(item, "fixturenames", ()) or hasattr(module, "DEVICE"):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state(monkeypatch):
     """A seed, no statistics, and aliases, rules and a path that do not outlive the test."""

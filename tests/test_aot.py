@@ -65,7 +65,10 @@ def test_every_configuration_is_compiled(rows):
             assert any(x.startswith(f"{kind}_square_") and x.endswith(dtype) for x in names)
     for way in ("fwd", "bwd"):
         assert {f"{kind}_exp_{way}_{n}_fp32" for kind in KINDS for n in (8, 16, 32)} <= set(names)
-    assert {"skew_exp_fwd_64_fp32", "symmetric_exp_bwd_64_fp32"} <= set(names)
+        for kind in KINDS:
+            assert {f"{kind}_exp_{way}_{n}_fp64" for n in (16, 32, 64)} <= set(names)
+            half = "bf16" if kind == "skew" else "fp16"
+            assert {f"{kind}_exp_{way}_64_{dtype}" for dtype in (half, "fp32")} <= set(names)
     for form in ("skew", "lower", "triangle"):
         assert {f"inverse_{form}_{k}" for k in (32, 64)} <= set(names)
     assert {"taylor_rows", "taylor_rows_scheduled", "tall_twice", "tall_columns"} <= set(names)

@@ -9,7 +9,10 @@ from torch import nn
 import tritonparam as tp
 from tests.cases import CASES, error, fused
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 SHAPES = {
     "square": [(16, 8, 8), (16, 32, 32), (64, 64), (128, 128), (256, 256), (512, 512)],
     "tall": [(3, 33, 16), (512, 64), (4096, 64), (700, 100)],

@@ -134,6 +134,8 @@ def _processors() -> int:
 
 def _compile_for_real() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # before anything here imports triton
+    # Line numbers and threads take a share of the time, and change no instruction.
+    os.environ["TRITON_DISABLE_LINE_INFO"] = os.environ["MLIR_DISABLE_MULTITHREADING"] = "1"
 
 
 def _compile(target: str, index: int) -> Row | str:
