@@ -21,7 +21,7 @@ from tritonparam import configs, info, registry, tables
 
 Finding = tuple[str, str]
 OK, SKIPPED, FAILED = STATUSES = ("ok", "skipped", "failed")
-OLDEST = {"python": (3, 10), "torch": (2, 8), "triton": (3, 6)}
+OLDEST = {"python": (3, 10), "torch": (2, 11), "triton": (3, 6)}
 HERE = Path(__file__).resolve().parent
 
 
