@@ -76,6 +76,10 @@ def test_why_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert info.here()["kernels"] == "no: torch sees no GPU"
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "tritonparam.kernels", None)
+        broken.delattr("tritonparam.kernels")
+        assert re.match("no: ModuleNotFoundError: .*kernels", info.here()["kernels"])
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert "TRITON_INTERPRET is set" in info.here()["kernels"]
 

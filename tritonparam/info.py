@@ -176,8 +176,10 @@ def _device() -> str:
 def _kernels_here() -> str:
     if find_spec("triton") is None:
         return "no: triton is not installed"
-    from tritonparam import kernels
-
+    try:
+        from tritonparam import kernels
+    except Exception as error:  # of an installation that is broken in whatever way
+        return f"no: {first_line(error)}; `tritonparam doctor` says more"
     if kernels.INTERPRETED:
         return 'only under use_path("kernel"), in Triton\'s interpreter: TRITON_INTERPRET is set'
     return "yes" if torch.cuda.is_available() else "no: torch sees no GPU"
