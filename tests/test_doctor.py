@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import doctor, info, samples, surroundings, tables
+from tritonparam import doctor, info, registry, samples, surroundings, tables
 from tritonparam.surroundings import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,22 @@ def test_a_broken_kernel(monkeypatch):
     assert status == FAILED
     assert "kernel: the gradient of cayley is off by" in text
     assert "use_path('closed')" in text
+
+
+def test_a_triton_that_cannot_be_imported_is_one_failure(monkeypatch):
+    pytest.importorskip("triton")
+
+    def kernels(name=""):
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(registry, "kernels", kernels)
+    status, text = doctor.triton()
+    assert status == FAILED
+    assert "cannot be imported (ImportError: undefined symbol)" in text
+    status, text = doctor.chain("cayley")
+    assert status == OK
+    assert "closed" in text
+    assert "kernel" not in text
 
 
 def test_a_check_that_raises_is_one_failure():

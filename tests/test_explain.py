@@ -224,6 +224,9 @@ def nothing():
 def fails():
     raise LookupError("no data here")
 
+def wide(width):
+    return nn.Linear(width, width)
+
 class Net(nn.Linear):
     def __init__(self):
         super().__init__(2, 2)
@@ -286,6 +289,8 @@ def test_command_line(invoke):
         (["gan_models:missing"], "gan_models has no 'missing'"),
         (["gan_models:number"], "gan_models:number must be callable, got a int"),
         (["gan_models:nothing"], "gan_models:nothing must return an nn.Module, got a int"),
+        (["./gan_models:plain"], "must be named as module:callable, got './gan_models:plain'"),
+        (["gan_models:wide"], "callable without arguments, but is missing a required"),
         (["gan_models:plain", "--legacy"], "--legacy needs --fuse"),
     ],
 )

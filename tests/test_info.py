@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 from typer.testing import CliRunner
 
-from tritonparam import cli, info, use_path
+from tritonparam import cli, info, tables, use_path
 
 ROWS = [
     {"name": "cayley_fwd_8_fp32", "target": "sm_90", "regs": 52, "stack": 0, "shared": 1024},
@@ -34,11 +34,34 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.application(), ["info", *arguments])
 
 
-def test_versions_and_device():
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_state_of_the_users_table(folder, monkeypatch):
+    def table():
+        return json.loads(invoke("--json").stdout)["table"]
+
+    file = tables.users_file()
+    assert table() == f"none of these versions in {folder}"
+    row = {"device": "cpu", "dtype": "float32", "chain": "cayley", "n": 8, "batch": 1}
+    tables.store([row | {"path": "closed", "config": {}}], file)
+    assert table() == f"1 row in {file}"
+    file.write_text("{")
+    assert table().startswith(f"{file} is not used: ")
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", "")
+    assert table() == "switched off: TRITONPARAM_CACHE_DIR is empty"
+
+
+def test_versions_and_device(monkeypatch):
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", "")
     result = invoke()
     assert result.exit_code == 0, result.output
-    lines = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines())
-    names = ["tritonparam", "torch", "triton", "python", "device", "kernels", "path"]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    lines = dict(re.findall(r"^(\S+)  +(.*)", result.stdout, re.M))
+    names = ["tritonparam", "torch", "triton", "python", "device", "kernels", "path", "table"]
     assert list(lines) == names
     assert lines["torch"] == torch.__version__
     assert lines["path"] == "chosen by the rules"
@@ -53,6 +76,10 @@ def test_why_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert info.here()["kernels"] == "no: torch sees no GPU"
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "tritonparam.kernels", None)
+        broken.delattr("tritonparam.kernels")
+        assert re.match("no: ModuleNotFoundError: .*kernels", info.here()["kernels"])
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     assert "TRITON_INTERPRET is set" in info.here()["kernels"]
 

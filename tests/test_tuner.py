@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -304,8 +305,11 @@ def test_command(run, tmp_path, monkeypatch):
         (("--chain", "cayley", "--n", "0"), "must be at least 1"),
         (("--chain", "qr", "--n", "3"), "the chain must be one of cayley"),
         (("--chain", "cayley", "--n", "3", "--dtype", "int8"), "--dtype must be float32"),
+        (("--chain", "cayley", "--n", "3", "--dtype", "float8_e5m2"), "--dtype must be float32"),
+        (("--chain", "cayley", "--n", "3", "--device", "cuda:99"), "does not see 'cuda:99'"),
         (("--chain", "cayley", "--n", "3", "--target", "sm_90"), "--target goes with --static"),
         (("m:f", "--static"), "--static only compiles"),
+        (("--chain", "cayley", "--n", "3", "--static", "--batch", "4"), "--static only compiles"),
         (("no_such_module:f",), "there is no module 'no_such_module'"),
     ],
 )
@@ -313,3 +317,35 @@ def test_command_refuses(run, arguments, why):
     result = run(*arguments)
     assert result.exit_code == 2
     assert why in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_models_own_error_is_passed_on(run):
+    result = run(f"{__name__}:failing", "--device", "cpu")
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == "no data here"
+
+
+def failing():
+    raise ValueError("no data here")
+
+
+def test_a_target_that_is_none_is_refused_before_anything_is_compiled(run):
+    pytest.importorskip("triton")
+    result = run("--static", "--chain", "cayley", "--n", "8", "--target", "hopper")
+    assert result.exit_code == 2
+    assert "target must be like sm_90 or gfx942, got 'hopper'" in " ".join(result.output.split())
+
+
+def test_a_table_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path):
+    (tmp_path / "a file").touch()
+    with pytest.raises(ValueError, match=r"table .*tuned.json cannot be written \(.*CACHE_DIR"):
+        tp.tune(cayley(3), file=tmp_path / "a file" / "tuned.json", clock=pytest.fail)
+
+
+def test_others_can_read_a_table(file):
+    before = os.umask(0o022)
+    try:
+        tables.store([], file)
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o644 or os.name == "nt"

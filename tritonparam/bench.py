@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tritonparam import configs, info, registry, samples, trials, tuner
 from tritonparam.fuse import fuse, originals, parametrized_tensors
 from tritonparam.reading import Reading, too_far
-from tritonparam.report import BadOption, build, floating
+from tritonparam.report import BadOption, build, floating, where
 from tritonparam.trials import Clock
 
 PHASES = ("forward", "backward", "both")
@@ -135,10 +135,11 @@ def run(
         raise BadOption("--chain needs --n, and --n, --rows and --batch must be at least 1.")
     if not 0 <= seconds < math.inf:
         raise BadOption(f"--seconds must be positive and finite, got {seconds!r}.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = where(device)
+    model = None if target is None else build(target)
     try:
-        if target is not None:
-            models = [fuse(build(target)).to(device)]
+        if model is not None:
+            models = [fuse(model).to(device)]
         else:
             shapes = [(c, samples.shape(c, n, rows or 8 * n, batch)) for c in chains for n in sizes]
             models = [samples.weight(c, shape, number, device) for c, shape in shapes]

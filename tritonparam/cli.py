@@ -6,6 +6,7 @@ What a command runs is imported inside it, so that help and bad options are answ
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -23,7 +24,8 @@ else:
         ),
     ]
     Chains = Annotated[
-        list[str] | None, typer.Option(help="Without a model: a chain, as cayley; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Without a model: a chain, as cayley; may be repeated."),
     ]
     Batch = Annotated[int, typer.Option(help="How many matrices.")]
     DType = Annotated[str, typer.Option(help="Of the originals.")]
@@ -34,7 +36,13 @@ def main() -> None:
     """Run the command line; without typer, say in one sentence how to get it and exit with 1."""
     if typer is None:
         sys.exit("tritonparam: the command line needs typer; pip install 'tritonparam[demo]'")
+    warnings.formatwarning = _one_line
     application()()
+
+
+def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
+    """A warning without the line of code that gives it."""
+    return f"{category.__name__}: {message}\n"
 
 
 def application() -> typer.Typer:
@@ -80,13 +88,14 @@ def info(
     target: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="GPU",
             help="With --kernels: a GPU to compile for, as sm_90 or gfx942; may be repeated.  "
-            "[default: the GPU present, or sm_80, sm_90, sm_100 and gfx942]"
+            "[default: the GPU present, or sm_80, sm_90, sm_100 and gfx942]",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show versions, the device and whether kernels can run on it."""
+    """Show versions, the device, if kernels run there, and your table."""
     from tritonparam import info
 
     try:
@@ -135,7 +144,7 @@ def explain(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show which path each parametrized weight of a model takes, and why."""
+    """Show the path of each parametrized weight of a model, and why."""
     from tritonparam import report
 
     try:
@@ -152,7 +161,9 @@ def tune(
     chain: Chains = None,
     n: Annotated[
         list[int] | None,
-        typer.Option("--n", help="Its size, n of n×n, or a norm's n numbers; may be repeated."),
+        typer.Option(
+            "--n", metavar="N", help="Its size, n of n×n, or a norm's n numbers; may be repeated."
+        ),
     ] = None,
     batch: Batch = 1,
     dtype: DType = "float32",
@@ -165,7 +176,11 @@ def tune(
     ] = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="With --static: a GPU to compile for, as sm_90; may be repeated."),
+        typer.Option(
+            metavar="GPU",
+            help="With --static: a GPU to compile for, as sm_90; may be repeated.  "
+            "[default: sm_90]",
+        ),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what is known already.")] = False,
     ship: Annotated[
@@ -173,7 +188,11 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure which path and launch configuration is fastest, and remember it."""
+    """Measure the fastest path and launch configuration, and keep it.
+
+    It goes into a table of your own, which later processes follow, as soon as it is known: an
+    interrupted run goes on where it was.
+    """
     from tritonparam import report
 
     try:
@@ -207,7 +226,8 @@ def bench(
     model: Model = None,
     chain: Chains = None,
     n: Annotated[
-        list[int] | None, typer.Option("--n", help="Its size, n of n×n; may be repeated.")
+        list[int] | None,
+        typer.Option("--n", metavar="N", help="Its size, n of n×n; may be repeated."),
     ] = None,
     rows: Annotated[
         int | None,
@@ -254,7 +274,9 @@ def bench(
 
 
 def _track(tasks: Sequence[Any]) -> Iterable[Any]:
-    """A progress bar on the screen, where rich draws one."""
+    """A progress bar on the screen, where rich draws one and there is something to do."""
+    if not tasks:
+        return tasks
     try:
         from rich.console import Console
         from rich.progress import track

@@ -144,6 +144,10 @@ def _reading(module: nn.Module) -> Reading:
 
 def _kernel_declines(module: nn.Module) -> str:
     ((_, _, plist),) = parametrized_tensors(module)
+    try:
+        registry.kernels()
+    except Exception as error:  # the check of triton says what to do
+        return info.first_line(error)
     with registry.use_path("kernel"):
         rule = tuner.rule_of(plist)
         if rule is None:

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import platform
+import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tritonparam import registry
+from tritonparam import registry, tables
 
 Row = dict[str, Any]
 
@@ -41,7 +43,7 @@ def report(
         targets: the GPUs to compile for, as "sm_90" or "gfx942"; None is the GPU present, or the
             targets that the project supports.
         as_json: ``{"kernels": [{"name", "target", "regs", "stack", "shared"}, ...]}``, or the
-            versions and the device as one object.
+            versions, the device and the state of the user's table as one object.
 
     Raises:
         BadOption: a target is not named like one, or there are targets without `kernels`.
@@ -50,7 +52,7 @@ def report(
     if not kernels:
         if targets:
             raise BadOption("--target needs --kernels: it says what kernels are compiled for.")
-        facts = here()
+        facts = here() | {"table": _table_here()}
         return json.dumps(facts, indent=1) if as_json else _lines(facts)
     rows = compiled(targets)
     return json.dumps({"kernels": rows}, indent=1) if as_json else _table(rows)
@@ -176,11 +178,28 @@ def _device() -> str:
 def _kernels_here() -> str:
     if find_spec("triton") is None:
         return "no: triton is not installed"
-    from tritonparam import kernels
-
+    try:
+        from tritonparam import kernels
+    except Exception as error:  # of an installation that is broken in whatever way
+        return f"no: {first_line(error)}; `tritonparam doctor` says more"
     if kernels.INTERPRETED:
         return 'only under use_path("kernel"), in Triton\'s interpreter: TRITON_INTERPRET is set'
     return "yes" if torch.cuda.is_available() else "no: torch sees no GPU"
+
+
+def _table_here() -> str:
+    """What ``tune`` has measured for this machine, and where it is."""
+    file = tables.users_file()
+    if file is None:
+        return "switched off: TRITONPARAM_CACHE_DIR is empty"
+    if not file.exists():
+        return f"none of these versions in {file.parent}"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = tables.read(file)
+    if caught:
+        return str(caught[0].message)
+    return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} in {file}"
 
 
 def _version(package: str) -> str:
@@ -192,7 +211,17 @@ def _version(package: str) -> str:
 
 def _lines(facts: dict[str, str]) -> str:
     width = max(map(len, facts))
-    return "\n".join(f"{name.ljust(width)}  {text}" for name, text in facts.items())
+    lines = (
+        textwrap.fill(
+            f"{name.ljust(width)}  {text}",
+            80,
+            subsequent_indent=" " * (width + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in facts.items()
+    )
+    return "\n".join(lines)
 
 
 def _table(rows: Iterable[Row]) -> str:

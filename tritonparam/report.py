@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from tritonparam import tables, tuner
+from tritonparam import info, registry, tables, tuner
 from tritonparam.explain import Explanation, Row, explain
 from tritonparam.fuse import fuse
 from tritonparam.tuner import Tuning
@@ -35,8 +36,8 @@ def rows(
         errors: as of ``explain``.
 
     Raises:
-        BadOption: there is no such module or function, or it does not return a module; or `legacy`
-            without `fused`. What the function itself raises is passed on.
+        BadOption: there is no such module or function, or it takes arguments, or does not return a
+            module; or `legacy` without `fused`. What the function itself raises is passed on.
     """
     if legacy and not fused:
         raise BadOption("--legacy needs --fuse: it says what is converted then.")
@@ -49,7 +50,7 @@ def rows(
 def build(target: str) -> nn.Module:
     """The model that "module:function" names; modules are found from the working directory too."""
     name, _, attribute = target.partition(":")
-    if not name or not attribute:
+    if not attribute or not all(part.isidentifier() for part in name.split(".")):
         raise BadOption(f"the model must be named as module:callable, got {target!r}.")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -68,10 +69,23 @@ def build(target: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise BadOption(f"{target} must be callable, got a {type(made).__name__}.")
+        _require_no_arguments(target, made)
         made = made()
     if not isinstance(made, nn.Module):
         raise BadOption(f"{target} must return an nn.Module, got a {type(made).__name__}.")
     return made
+
+
+def _require_no_arguments(target: str, function: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise BadOption(
+            f"{target} must be callable without arguments, but is {error}; name a function that "
+            "passes them."
+        ) from None
+    except ValueError:  # of what is written in C, which need not have a signature
+        return
 
 
 def as_json(rows: Iterable[Row]) -> str:
@@ -121,22 +135,25 @@ def tunings(
         raise BadOption("tune takes either a model as module:callable, or --chain and --n.")
     if chains and (not sizes or min(sizes) < 1 or batch < 1):
         raise BadOption("--chain needs --n, and both --n and --batch must be at least 1.")
-    if static and (target is not None or ship or again):
+    if static and (target is not None or ship or again or device is not None or batch != 1):
         raise BadOption("--static only compiles: it goes with --chain, --n, --dtype and --target.")
     if gpus and not static:
         raise BadOption("--target goes with --static; what is measured is the device at hand.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = where(device)
+    model = None if target is None else build(target)
     try:
         if static:
             tasks = [
                 (c, n, number, gpu) for gpu in gpus or ("sm_90",) for c in chains for n in sizes
             ]
             return [tuner.static(*task) for task in track(tasks)]
-        if target is not None:
-            model = fuse(build(target)).to(device)
+        if ship:
+            tables.require_writable(tables.SHIPPED)
+        if model is not None:
+            model = fuse(model).to(place)
         else:
             shapes = [(n, n) if batch == 1 else (batch, n, n) for n in sizes]
-            parts = [tuner.weight(c, shape, number, device) for c in chains for shape in shapes]
+            parts = [tuner.weight(c, shape, number, place) for c in chains for shape in shapes]
             model = nn.Sequential(*parts)
         found = tuner.tune(model, again=again, track=track)
     except (ValueError, RuntimeError) as error:
@@ -149,9 +166,29 @@ def tunings(
 def floating(dtype: str) -> torch.dtype:
     """The dtype of that name; raises BadOption where it is not one of the originals'."""
     number = getattr(torch, dtype, None)
-    if not isinstance(number, torch.dtype) or not number.is_floating_point:
+    if number not in registry.DTYPES:
         raise BadOption(f"--dtype must be float32, bfloat16, float16 or float64, got {dtype!r}.")
-    return number
+    return cast(torch.dtype, number)
+
+
+def where(device: str | None) -> str:
+    """The device to measure on, None being "cuda" where there is one, else "cpu".
+
+    Raises BadOption where it is neither, or torch cannot use it.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        usable = torch.device(device).type in ("cpu", "cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        raise BadOption(
+            f"--device must be cpu, or a GPU as cuda or cuda:1 that torch sees; it does not see "
+            f"{device!r}: {info.first_line(error)}."
+        ) from None
+    if not usable:
+        raise BadOption(f"--device must be cpu, or a GPU as cuda or cuda:1, got {device!r}.")
+    return device
 
 
 def tunings_as_json(found: Iterable[Tuning]) -> str:

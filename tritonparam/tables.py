@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -160,16 +159,28 @@ def store(rows: Iterable[Row], file: Path) -> None:
         body = json.dumps(content)[:-1] + ', "rows": ['
         lines = sorted(json.dumps(row, ensure_ascii=False) for row in table.values())
         text = body + ",".join("\n  " + line for line in lines) + "\n]}\n"
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".new")
+        # Not of tempfile, whose files others cannot read: the package's own is for all users.
+        new_file = file.with_name(f"{file.name}.{os.getpid()}.new")
         try:
-            with os.fdopen(handle, "w") as f:
+            with new_file.open("w") as f:
                 f.write(text)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(name, file)
+            os.replace(new_file, file)
         except BaseException:
-            os.unlink(name)
+            new_file.unlink(missing_ok=True)
             raise
+
+
+def require_writable(file: Path) -> None:
+    """Raise ValueError where a table cannot be stored, before time is spent on what it is for."""
+    try:
+        store([], file)
+    except OSError as error:
+        raise ValueError(
+            f"tune: the table {file} cannot be written ({error.strerror}); change its permissions, "
+            "or set TRITONPARAM_CACHE_DIR to a folder of yours."
+        ) from error
 
 
 @contextmanager

@@ -83,6 +83,13 @@ def kernel_file(chain: str, n: int, dtype: torch.dtype) -> str:
     return KERNELS[chain](n, dtype) if chain in KERNELS else ""
 
 
+def require_target(target: str) -> None:
+    """Raise ValueError where a GPU is not named as what is compiled for."""
+    from tritonparam.kernels import aot
+
+    aot.shipped(target)
+
+
 def candidates(problem: Problem) -> list[Trial]:
     """The default, then each candidate of a phase with the default of the other."""
     trials = [Trial("kernel", {})]

@@ -99,7 +99,7 @@ def tune(
 
     Raises:
         TypeError: `model` is not an ``nn.Module``.
-        ValueError: it has no weight that a rule takes, or there is no table to write to.
+        ValueError: it has no weight that a rule takes, or there is no table that can be written.
 
     >>> import tempfile
     >>> import tritonparam as tp
@@ -125,8 +125,11 @@ def tune(
             "call tritonparam.fuse(model), and explain(model) says why not."
         )
     known = {} if again else tables.read(file)
+    new = [kinds[key] for key in kinds if key not in known]
+    if new:
+        tables.require_writable(file)
     found = []
-    for rule, plist in track([kinds[key] for key in kinds if key not in known]):
+    for rule, plist in track(new):
         found.append(_measured(rule, plist, clock or trials.clock_of(originals(plist)[0].device)))
         tables.store([found[-1].row], file)
         configs.reload()
@@ -159,9 +162,11 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
         target: as "sm_90" or "gfx942".
 
     Raises:
-        ValueError: the chain has no launch configurations at this size and in this dtype.
+        ValueError: the chain has no launch configurations at this size and in this dtype, or the
+            GPU is not named like one.
     """
     problem = trials.Problem(chain, n, dtype, target)
+    trials.require_target(target)
     row = {"device": target, "dtype": _name(dtype), "chain": chain, "n": n, "batch": 1}
     found = trials.compiled(trials.candidates(problem), problem)
     return Tuning(row | {"path": "kernel", "config": {}}, tuple(found))

@@ -53,7 +53,7 @@ def rnn(
     output: Output = Path("demo_rnn.png"),
     quiet: Quiet = False,
 ) -> None:
-    """Read handwritten digits pixel by pixel with an orthogonal RNN, composed and fused."""
+    """Read handwritten digits pixel by pixel with an orthogonal RNN."""
     from tritonparam.demos import rnn
     from tritonparam.demos.options import Options
 
@@ -75,7 +75,7 @@ def gan(
     output: Output = Path("demo_gan.png"),
     quiet: Quiet = False,
 ) -> None:
-    """Learn eight clusters with a GAN whose critic has spectral norms, composed and fused."""
+    """Learn eight clusters with a GAN whose critic has spectral norms."""
     from tritonparam.demos import gan
     from tritonparam.demos.options import Options
 
@@ -93,7 +93,7 @@ def spd(
     output: Output = Path("demo_spd.png"),
     quiet: Quiet = False,
 ) -> None:
-    """Learn the distance that tells handwritten digits apart, composed and fused."""
+    """Learn the distance that tells handwritten digits apart."""
     from tritonparam.demos import spd
     from tritonparam.demos.options import Options
 
