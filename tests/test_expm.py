@@ -10,6 +10,7 @@ import tritonparam as tp
 from tests.cases import error, errors
 from tritonparam import exponential, polynomials
 from tritonparam.functional import matrix_exp, skew_exp, symmetric_exp
+from tritonparam.ops.tall_expm import tall_exp, tall_exp_at
 
 
 def exact(a):
@@ -122,3 +123,35 @@ def test_a_lone_exponential_inside_a_longer_chain():
     row = tp.explain(layer)[0]
     assert row.path == "closed"
     assert row.reason.endswith("Pruning is composed: no rule for this chain")
+
+
+@pytest.mark.parametrize("norm", [100.0, 1000.0])
+def test_tall_exponentials_of_few_directions_are_as_exact_as_the_large_ones(norm, device):
+    # Of 8 columns below which there is one row; alone, and at a base point.
+    x = torch.zeros(2, 9, 8)
+    x[:, 8] = torch.nn.functional.normalize(torch.randn(2, 8)) * norm
+    base, g = torch.linalg.qr(torch.randn(2, 9, 8)).Q, torch.randn(2, 9, 8)
+
+    def square(x):
+        a = torch.nn.functional.pad(x.double(), (0, 1)).tril(-1)
+        return torch.matrix_exp(a - a.mT)[..., :8]
+
+    def square_at(x):
+        b, x = base.double(), x.double()
+        c = b.mT @ x
+        p = x - b @ c
+        return torch.matrix_exp(b @ (c - c.mT) @ b.mT / 2 + p @ b.mT - b @ p.mT) @ b
+
+    def value_and_gradient(f, x):
+        x = x.detach().requires_grad_()
+        y = f(x)
+        # Small, for the sake of torch's own gradient.
+        return y.detach(), torch.autograd.grad(y, x, g.to(y) * 2.0**-20)[0]
+
+    at = base.to(device)
+    pairs = ((tall_exp, square), (lambda x: tall_exp_at(x, at), square_at))
+    for ours, theirs in pairs:
+        got = value_and_gradient(ours, x.to(device))
+        for mine, want in zip(got, value_and_gradient(theirs, x.double()), strict=True):
+            # Where all is in fp32: eps times the norm, which is the error of a normal matrix.
+            assert error(mine.cpu(), want) <= 2**-23 * norm

@@ -143,6 +143,14 @@ def test_zero_weight_of_spectral_norm(shape, training, dtype, device):
     assert not any(x.any() for x in rest)
 
 
+def test_no_iterations_in_training(device):
+    link = spectral_link(torch.randn(4, 3, device=device))
+    link.n_power_iterations = 0
+    w = torch.randn(4, 3, device=device)
+    expected = spectral_norm(link.eval(), w)
+    assert torch.equal(spectral_norm(link.train(), w), expected)
+
+
 def test_zero_vector_is_torchs(device):
     w = torch.zeros(3, device=device, requires_grad=True)
     link = spectral_link(w)

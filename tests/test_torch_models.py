@@ -233,11 +233,15 @@ def test_what_torch_refuses_stays_torchs():
 @maps
 def test_autocast_does_not_reach_the_base(orthogonal_map):
     module = tp.fuse(constrained((9, 4), orthogonal_map, use_trivialization=True))
+    x, g = module.parametrizations.weight.original, torch.randn(9, 4)
     expected = module.weight
+    (gradient,) = torch.autograd.grad(expected, x, g)
     with torch.autocast("cpu", torch.bfloat16):
         weight = module.weight
+        (dx,) = torch.autograd.grad(weight, x, g)
     assert weight.dtype == torch.float32
     assert torch.equal(weight, expected)
+    assert torch.equal(dx, gradient)
 
 
 @bases

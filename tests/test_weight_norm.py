@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+import tritonparam as tp
 from tests.norms import (
     HALVES,
     assert_equal_maps,
@@ -70,6 +71,22 @@ def test_weight_norm_gradcheck(shape, dim):
     link, g, v = weight_pair(shape, dim)
     assert torch.autograd.gradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
     assert torch.autograd.gradgradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
+
+
+def test_a_dimension_counted_from_the_last_is_fused(device):
+    layer = tp.weight_norm(torch.nn.Conv1d(3, 4, 2, device=device), dim=-2)
+    want = composed(layer.parametrizations.weight[0])(*layer.parametrizations.weight.parameters())
+    assert_near(layer.weight, want)
+    assert tp.stats()["composed"] == 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_weight_norm_of_nothing_has_no_gradient(shape, dim, device):
+    link, g, v = weight_pair(shape, dim, device=device)
+    w = weight_norm(link, g, v)
+    for x in torch.autograd.grad(w, (g, v), torch.ones_like(w)):
+        assert not x.any()
 
 
 def test_weight_norm_with_hooks_on_saved_tensors(device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cached_property, wraps
 from operator import attrgetter
 from typing import Any
 
@@ -88,6 +88,33 @@ class EagerMap:
         else:
             y, _ = without_autocast(args[0], self.forward, *args)
         return cast(y, dtype)
+
+    def left(self, base: Tensor | None, *args: Any) -> Tensor:
+        """``base @ value`` as one step, for a base [..., m, n] without gradient; None: the value.
+
+        A product of torch's own would be differentiated under the autocast of the backward pass.
+        """
+        if base is None:
+            return self(*args)
+        if torch.compiler.is_compiling():
+            return base @ self(*args)
+        return self._left(args[0], base, *args[1:])
+
+    @cached_property
+    def _left(self) -> EagerMap:
+        def forward(x: Tensor, base: Tensor, *more: Any) -> tuple[Tensor, Any]:
+            y, saved = self.forward(x, *more)
+            return base @ y, (base, *saved)
+
+        def through(gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
+            return lambda g, saved, *more: gradients(saved[0].mT @ g, saved[1:], *more)
+
+        return EagerMap(
+            forward,
+            through(self.backward),
+            through(self.graph),
+            n_tensors=self.n_tensors + 1,
+        )
 
 
 class FusedMap(EagerMap):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
-from tritonparam.numerics import compute_dtype, no_autocast, same_device
+from tritonparam.numerics import cast as cast_to
+from tritonparam.numerics import compute_dtype, same_device
 from tritonparam.ops import (
     cayley,
     expm,
@@ -72,26 +73,24 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     originals are rounded once.
     """
     y = tall(x)
-    if base is None:
-        q = _FREE[orthogonal_map](y)
-    else:
-        with no_autocast(x):
-            dtype = compute_dtype(x.dtype)
-            q = base.to(dtype) @ _FREE[orthogonal_map](y.to(dtype))
-    return (q if x.size(-2) >= x.size(-1) else q.mT).to(x.dtype)
+    if base is not None:
+        dtype = compute_dtype(x.dtype)
+        y, base = cast_to(y, dtype), cast_to(base, dtype)
+    q = _FREE[orthogonal_map](y, base)
+    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT, x.dtype)
 
 
-def _exp(x: Tensor) -> Tensor:
+def _exp(x: Tensor, left: Tensor | None) -> Tensor:
     if x.size(-1) != x.size(-2):
-        return tall_expm.tall_exp(x)
-    return expm.skew_exp(-x.mT)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
+        return tall_expm.tall_exp(x, left)
+    return expm.skew_exp(-x.mT, left)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
 
 
-def _cayley(x: Tensor) -> Tensor:
+def _cayley(x: Tensor, left: Tensor | None) -> Tensor:
     if x.size(-1) != x.size(-2):
-        return tall_cayley.tall_cayley(x)
+        return tall_cayley.tall_cayley(x, left=left)
     # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
-    return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]))
+    return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]), left)
 
 
 _TALL = {"cayley": tall_cayley, "matrix_exp": tall_expm, "householder": householder}
@@ -205,7 +204,7 @@ def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
 
 
 def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> str:
-    dim = cast(Any, links[0]).dim
+    dim = weight_norm.dim_of(links[0], v)
     if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
         return "the norms do not fit the directions"
     if dim == -1 and compute_dtype(v.dtype) != v.dtype:

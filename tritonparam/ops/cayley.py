@@ -129,17 +129,18 @@ _skew_cayley = FusedMap(
 _skew_cayleys = stacked(_skew_cayley, 2)
 
 
-def skew_cayley(w: Tensor, signature: Tensor) -> Tensor:
+def skew_cayley(w: Tensor, signature: Tensor, left: Tensor | None = None) -> Tensor:
     """The orthogonal matrix (I + X)(I - X)⁻¹ diag(signature), X = triu(w, 1) - triu(w, 1)ᵀ.
 
     Arguments:
         w: [..., n, n], fp16, bf16, fp32 or fp64; the first two are computed in fp32.
         signature: ±1, [..., n].
+        left: a matrix to multiply on from the left, of the compute dtype; it has no gradient.
 
     Returns:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
-    return _skew_cayley(w, signature)
+    return _skew_cayley.left(left, w, signature)
 
 
 def skew_cayleys(calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -144,21 +144,22 @@ _matrix_exp = _map("matrix_exp", "general")
 _skew_exps, _symmetric_exps = stacked(_skew_exp, 1), stacked(_symmetric_exp, 1)
 
 
-def _evaluate(fused: FusedMap, w: Tensor) -> Tensor:
+def _evaluate(fused: FusedMap, w: Tensor, left: Tensor | None = None) -> Tensor:
     # A kernel rounds a half once, but an operator's result has the compute dtype.
-    return fused(w, not torch.compiler.is_compiling())
+    return fused.left(left, w, not torch.compiler.is_compiling())
 
 
-def skew_exp(w: Tensor) -> Tensor:
+def skew_exp(w: Tensor, left: Tensor | None = None) -> Tensor:
     """The rotation exp(X), X = triu(w, 1) - triu(w, 1)ᵀ.
 
     Arguments:
         w: [..., n, n], fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+        left: a matrix to multiply on from the left, of the compute dtype; it has no gradient.
 
     Returns:
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
-    return _evaluate(_skew_exp, w)
+    return _evaluate(_skew_exp, w, left)
 
 
 def symmetric_exp(w: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ _householder_at = FusedMap(
 )
 
 
-def householder(x: Tensor) -> Tensor:
+def householder(x: Tensor, left: Tensor | None = None) -> Tensor:
     """The first k columns of H₁ H₂ ⋯ H_k, times diag(sign(diag x)); Hᵢ = I - 2 v vᵀ / ‖v‖².
 
     v is column i of tril(x, -1), with a one at i. As ``torch.nn.utils.parametrizations.orthogonal``
@@ -182,12 +182,13 @@ def householder(x: Tensor) -> Tensor:
     Arguments:
         x: [..., n, k] with n >= k, fp16, bf16, fp32 or fp64; the first two are computed in fp32,
             and the k×k system is solved in fp64.
+        left: a matrix to multiply on from the left, of the compute dtype; it has no gradient.
 
     Returns:
         A fresh contiguous tensor of x's shape and dtype with orthonormal columns, twice
         differentiable in x.
     """
-    return _householder(x)
+    return _householder.left(left, x)
 
 
 def householder_at(x: Tensor, base: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
-    if not link.training:
+    if not steps(link)[0]:
         # Copies: the buffers may change between this read and its backward pass.
         u, v = cast(link._u.clone(), w.dtype), cast(link._v.clone(), w.dtype)
         return u, v, torch.dot(u, torch.mv(w, v))

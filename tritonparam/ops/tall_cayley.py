@@ -185,7 +185,7 @@ _tall_cayley_at = FusedMap(
 )
 
 
-def tall_cayley(x: Tensor, scale: float = 0.5) -> Tensor:
+def tall_cayley(x: Tensor, scale: float = 0.5, left: Tensor | None = None) -> Tensor:
     """The first k columns of (I - a A)⁻¹ (I + a A), A = [[L₁ - L₁ᵀ, -L₂ᵀ], [L₂, 0]], a = scale.
 
     L₁ is the part of the first k rows of x below the diagonal, L₂ the other rows: with scale 1/2
@@ -195,12 +195,13 @@ def tall_cayley(x: Tensor, scale: float = 0.5) -> Tensor:
         x: [..., n, k] with n >= k, fp16, bf16, fp32 or fp64; computed in fp64, or in
             fp32 where that is as exact.
         scale: the number a.
+        left: a matrix to multiply on from the left, of the compute dtype; it has no gradient.
 
     Returns:
         A fresh contiguous tensor of x's shape and dtype with orthonormal columns, twice
         differentiable in x.
     """
-    return _tall_cayley(x, scale)
+    return _tall_cayley.left(left, x, scale)
 
 
 def tall_cayley_at(x: Tensor, base: Tensor, scale: float = 0.5) -> Tensor:

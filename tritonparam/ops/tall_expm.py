@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,17 +13,35 @@ from tritonparam.exponential import Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype, identity_like
 from tritonparam.tall_kernels import TallKernels
 
+Parts = tuple[Tensor, Tensor]
+
 _KERNELS = TallKernels("tall_exp", max_k=256, file="tall_expm")  # products of 4k × 4k matrices
 kernel_declines, kernel_file = _KERNELS.declines, _KERNELS.kernel_file
 n_launches = _KERNELS.n_launches
+_MAX_GROWTH = 4.0  # of exp in the Frobenius norm beyond an orthogonal matrix, for fp32
 
 
-def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
-    """E_top and E_bottom / b of exp([[Ω, -C/b], [b I, 0]]), C = PᵀP, [..., k, k] each.
+def _exp(parts: Callable[[torch.dtype], Parts], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Saved]:
+    """P, E_top and E_bottom / b of exp([[Ω, -C/b], [b I, 0]]), C = PᵀP, with Ω and P in a dtype.
 
-    b = sqrt(trace(C) / k) balances the blocks; the result does not depend on it.
+    b = sqrt(trace(C) / k) balances the blocks; the result does not depend on it. The more C
+    differs from b² I the more the matrix from a skew one, and the rounding is up to as much larger
+    than that of the n×n exponential as this one grows beyond an orthogonal one: 100 times for C of
+    rank 1 and norm 300. The CPU, which may look at it, then computes in fp64, as the kernels do.
     """
-    k = omega.size(-1)
+    omega, p = parts(compute_dtype(x.dtype))
+    e, saved = _balanced_exp(omega, p)
+    if x.is_cpu and e.dtype != torch.float64:
+        growth = torch.linalg.vector_norm(e.detach(), dim=(-2, -1))
+        if (growth > _MAX_GROWTH * e.size(-1) ** 0.5).any():
+            omega, p = parts(torch.float64)
+            e, saved = _balanced_exp(omega, p)
+    k, b = omega.size(-1), saved[0]
+    assert b is not None
+    return p, e[..., :k, :k], e[..., k:, :k] / b, saved
+
+
+def _balanced_exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Saved]:
     c = p.mT @ p
     b = c.detach().diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
     b = torch.where(b > 0, b, 1.0)[..., None, None]
@@ -31,8 +50,7 @@ def _exp(omega: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Saved]:
         (torch.cat((omega, c / -b), -1), torch.cat((balance, torch.zeros_like(c)), -1)), -2
     )
     e, saved = expm(as_batch(argument), "general")
-    e = e.view(argument.shape)
-    return e[..., :k, :k], e[..., k:, :k] / b, (b, *saved)
+    return e.view(argument.shape), (b, *saved)
 
 
 def _exp_adjoint(g_top: Tensor, g_bottom: Tensor, p: Tensor, saved: Saved) -> tuple[Tensor, Tensor]:
@@ -47,12 +65,15 @@ def _exp_adjoint(g_top: Tensor, g_bottom: Tensor, p: Tensor, saved: Saved) -> tu
     return h[..., :k, :k], p @ (gc + gc.mT)
 
 
-def _value(x: Tensor) -> tuple[Tensor, Saved]:
+def _rows(x: Tensor) -> Parts:
     k = x.size(-1)
-    y = x.to(compute_dtype(x.dtype))
-    lower, p = y[..., :k, :].tril(-1), y[..., k:, :]
-    top, bottom, saved = _exp(lower - lower.mT, p)
-    return torch.cat((top, p @ bottom), -2), (x, bottom, *saved)
+    lower = x[..., :k, :].tril(-1)
+    return lower - lower.mT, x[..., k:, :]
+
+
+def _value(x: Tensor) -> tuple[Tensor, Saved]:
+    p, top, bottom, saved = _exp(lambda dtype: _rows(x.to(dtype)), x)
+    return torch.cat((top, p @ bottom), -2).to(compute_dtype(x.dtype)), (x, bottom, *saved)
 
 
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
@@ -65,19 +86,22 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     assert x is not None
     assert bottom is not None
     k = x.size(-1)
+    g = g.to(bottom.dtype)
     p = x[..., k:, :].to(g.dtype)
     g1, g2 = g[..., :k, :], g[..., k:, :]
     omega, gp = _exp_adjoint(g1, p.mT @ g2, p, tuple(of_exp))
     return (torch.cat(((omega - omega.mT).tril(-1), gp + g2 @ bottom.mT), -2),)
 
 
+def _tangent(x: Tensor, b: Tensor) -> Parts:
+    c = b.mT @ x
+    return (c - c.mT) / 2, x - b @ c
+
+
 def _value_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    y = x.to(compute_dtype(x.dtype))
-    b = base.to(y.dtype)
-    c = b.mT @ y
-    p = y - b @ c
-    top, bottom, saved = _exp((c - c.mT) / 2, p)
-    return b @ top + p @ bottom, (x, base, p, bottom, *saved)
+    p, top, bottom, saved = _exp(lambda dtype: _tangent(x.to(dtype), base.to(dtype)), x)
+    w = base.to(p.dtype) @ top + p @ bottom
+    return w.to(compute_dtype(x.dtype)), (x, base, p, bottom, *saved)
 
 
 def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
@@ -90,7 +114,7 @@ def _backward_at(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     assert base is not None
     assert p is not None
     assert bottom is not None
-    b = base.to(g.dtype)
+    g, b = g.to(p.dtype), base.to(p.dtype)
     omega, gp = _exp_adjoint(b.mT @ g, p.mT @ g, p, tuple(of_exp))
     gp = gp + g @ bottom.mT
     # X enters through Ω = skew(BᵀX) and P = X - B BᵀX.
@@ -127,16 +151,18 @@ _tall_exp_at = FusedMap(
 )
 
 
-def tall_exp(x: Tensor) -> Tensor:
+def tall_exp(x: Tensor, left: Tensor | None = None) -> Tensor:
     """The first k columns of exp of [[L₁ - L₁ᵀ, -L₂ᵀ], [L₂, 0]], L₁ = tril(x[:k], -1), L₂ = x[k:].
 
     Arguments:
-        x: [..., n, k], n > k, fp16, bf16, fp32 or fp64; the first two are computed in fp32.
+        x: [..., n, k], n > k, fp16, bf16, fp32 or fp64; the first two are computed in fp32, or
+            in fp64 where that is not exact enough.
+        left: a matrix to multiply on from the left, of the compute dtype; it has no gradient.
 
     Returns:
         A fresh contiguous tensor of x's shape and dtype, twice differentiable in x.
     """
-    return _tall_exp(x)
+    return _tall_exp.left(left, x)
 
 
 def tall_exp_at(x: Tensor, base: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def n_launches(link: Any, v: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
     if not v.numel():
         return 0, 0
-    shape = _slices(v.to("meta"), _dim(link, v)).shape
+    shape = _slices(v.to("meta"), dim_of(link, v)).shape
     n_launches = registry.kernels("weight_norm").n_launches
     return n_launches(shape, _config("fwd", [v])), n_launches(shape, _config("bwd", [v]))
 
@@ -66,7 +66,7 @@ def _divisor(norm: Tensor) -> Tensor:
 
 def _norm(v: Tensor, dim: int) -> Tensor:
     if v.numel() == 0:  # which torch's function refuses
-        return _sums(_slices(v, dim), _slices(v, dim))
+        return _divisor(_sums(_slices(v, dim), _slices(v, dim)))
     return _divisor(torch.norm_except_dim(v, 2, dim)).view(1, -1, 1)
 
 
@@ -253,10 +253,11 @@ _weight_norms = GroupedMap(
 
 def weight_norms(chains: Sequence[tuple[Any, Tensor, Tensor]]) -> list[Tensor]:
     """``weight_norm`` of many (link, g, v) of one dtype, which the kernel takes: few launches."""
-    return _weight_norms([(g, v, _dim(link, v), True) for link, g, v in chains])
+    return _weight_norms([(g, v, dim_of(link, v), True) for link, g, v in chains])
 
 
-def _dim(link: Any, v: Tensor) -> int:
+def dim_of(link: Any, v: Tensor) -> int:
+    """The link's dimension, counted from the first of v; -1 stands for the whole tensor."""
     return link.dim if link.dim >= -1 else link.dim + v.dim()
 
 
@@ -279,7 +280,7 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     tensor([[6., 8.],
             [0., 0.]])
     """
-    dim = _dim(link, v)
+    dim = dim_of(link, v)
     if torch.compiler.is_compiling():  # an operator's result has the compute dtype
         return _weight_norm(g, v, dim, False)
     if v.is_cpu and registry.path(kernel_declines(g, v)) == "closed":
