@@ -40,7 +40,7 @@ def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     v = x.tril(-1)
     v.diagonal(dim1=-2, dim2=-1).fill_(1)
     diagonal = x.detach().diagonal(dim1=-2, dim2=-1)
-    return v, torch.where(diagonal < 0, -1.0, 1.0) + 0 * diagonal
+    return v, 1 - 2 * (diagonal < 0) + 0 * diagonal
 
 
 def _factors(x: Tensor) -> Factors:
