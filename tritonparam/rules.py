@@ -62,7 +62,7 @@ def _orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     if base is None or x.size(-1) == x.size(-2):
         return from_left(base, link.orthogonal_map, x)
     q = _AT_BASE[link.orthogonal_map](tall(x), tall(base))
-    return q if x.size(-2) >= x.size(-1) else q.mT
+    return q if x.size(-2) >= x.size(-1) else q.mT.contiguous()
 
 
 def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
         with no_autocast(x):
             dtype = compute_dtype(x.dtype)
             q = base.to(dtype) @ _FREE[orthogonal_map](y.to(dtype))
-    return (q if x.size(-2) >= x.size(-1) else q.mT).to(x.dtype)
+    return (q if x.size(-2) >= x.size(-1) else q.mT.contiguous()).to(x.dtype)
 
 
 def _exp(x: Tensor) -> Tensor:
