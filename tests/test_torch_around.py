@@ -161,6 +161,35 @@ def test_the_defaults_of_the_program_do_not_matter(case, default):
         assert torch.equal(x, y)
 
 
+@chains
+def test_an_optimizer_may_step_before_the_backward_pass(case, device):
+    w = case.original(case.shape(3), 1.0, torch.float32).to(device)
+    wide = (w.mT.contiguous(),) if case.form == "tall" and not case.base else ()
+    for original in (w, *wide):
+        module = case.module(original)
+        g = torch.randn(original.shape, device=device)
+        for path in case.paths:
+            if not case.runs(path, 3):
+                continue
+            xs = list(module.parametrizations.weight.parameters())
+            _, expected = fused(module, g, path)
+            with tp.use_path(path):
+                y = module.weight
+            before = [x.detach().clone() for x in xs]
+            with torch.no_grad():
+                for x in xs:
+                    x.mul_(2)
+            if case.form == "layer":  # of norms torch, too, needs the original itself
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    torch.autograd.grad(y, xs, g)
+            else:
+                (found,) = torch.autograd.grad(y, xs, g)
+                assert error(found, expected) <= 1e-6
+            with torch.no_grad():
+                for x, old in zip(xs, before, strict=True):
+                    x.copy_(old)
+
+
 def test_fake_tensors_and_make_fx_see_the_links():
     layer = layer_of()
     x = torch.randn(2, 5)

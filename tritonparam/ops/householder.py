@@ -172,7 +172,7 @@ def _resume_at(q: Tensor, x: Tensor, base: Tensor) -> Saved:
 
 
 _householder = FusedMap(
-    "householder", "Tensor x", _forward, _backward, graph=_graph, resume=_resume
+    "householder", "Tensor x", _forward, _backward, graph=_graph, resume=_resume, keeps=True
 )
 _householder_at = FusedMap(
     "householder_at",
@@ -181,6 +181,7 @@ _householder_at = FusedMap(
     _backward_at,
     graph=_graph_at,
     resume=_resume_at,
+    keeps=True,
 )
 
 
