@@ -119,6 +119,7 @@ def test_a_hooked_or_patched_link_declines():
     link = layer.parametrizations.weight[0]
     calls = []
     for register in (
+        nn.modules.module.register_module_forward_hook,
         link.register_forward_hook,
         link.register_forward_pre_hook,
         link.register_full_backward_hook,

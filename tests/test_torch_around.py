@@ -8,6 +8,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import tritonparam as tp
 from tests.cases import CASES, composed, error, fused
@@ -132,6 +134,70 @@ def test_create_graph_and_double_backward(case, device):
         pytest.skip("torch holds the norms constant; test_norms has the second derivatives")
     for mine, theirs in zip(results[1], results[0], strict=True):
         assert error(mine, theirs) <= 1e-5
+
+
+@chains
+@pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
+def test_the_defaults_of_the_program_do_not_matter(case, default):
+    shape = case.shape(5) if case.form == "layer" else case.shape(5, 3)
+    w = case.original(shape, 1.0, torch.float32)
+    if case.form != "layer" and case.max_norm > 100:
+        w = w * torch.tensor([1.0, 10.0, 100.0])[:, None, None]  # of several scales
+    module = case.module(w)
+    g = torch.randn(shape)
+    expected = fused(module, g, "closed")
+    before = torch.get_default_dtype()
+    try:
+        if default == "meta":
+            with torch.device("meta"):
+                found = fused(module, g, "closed")
+        else:
+            torch.set_default_dtype(default)
+            found = fused(module, g, "closed")
+    finally:
+        torch.set_default_dtype(before)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert torch.equal(x, y)
+
+
+@chains
+def test_an_optimizer_may_step_before_the_backward_pass(case, device):
+    w = case.original(case.shape(3), 1.0, torch.float32).to(device)
+    wide = (w.mT.contiguous(),) if case.form == "tall" and not case.base else ()
+    for original in (w, *wide):
+        module = case.module(original)
+        g = torch.randn(original.shape, device=device)
+        for path in case.paths:
+            if not case.runs(path, 3):
+                continue
+            xs = list(module.parametrizations.weight.parameters())
+            _, expected = fused(module, g, path)
+            with tp.use_path(path):
+                y = module.weight
+            before = [x.detach().clone() for x in xs]
+            with torch.no_grad():
+                for x in xs:
+                    x.mul_(2)
+            if case.form == "layer":  # of norms torch, too, needs the original itself
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    torch.autograd.grad(y, xs, g)
+            else:
+                (found,) = torch.autograd.grad(y, xs, g)
+                assert error(found, expected) <= 1e-6
+            with torch.no_grad():
+                for x, old in zip(xs, before, strict=True):
+                    x.copy_(old)
+
+
+def test_fake_tensors_and_make_fx_see_the_links():
+    layer = layer_of()
+    x = torch.randn(2, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == (2, 5)
+        assert "fake tensors" in tp.explain(layer)[0].reason
+    assert torch.allclose(make_fx(layer)(x)(2 * x), layer(2 * x), atol=1e-6)
+    assert tp.explain(layer)[0].path == "closed"
 
 
 def test_functional_transforms_fall_back():

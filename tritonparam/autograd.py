@@ -61,6 +61,8 @@ class EagerMap:
             follow.
         n_gradients: how many leading arguments have gradients.
         like: the position of the argument that has the result's shape and dtype.
+        keeps: the first argument is among what `forward` saves. A leaf, or a view, is copied then:
+            an optimizer may step before the backward pass, which composed chains allow.
     """
 
     _operator: Callable[..., Tensor] | None = None  # what a compiler is given instead
@@ -74,9 +76,11 @@ class EagerMap:
         n_tensors: int,
         n_gradients: int = 1,
         like: int = 0,
+        keeps: bool = False,
     ) -> None:
         self.forward, self.backward, self.graph = forward, one_by_one(backward), graph
         self.n_tensors, self.n_gradients, self.like = n_tensors, n_gradients, like
+        self.keeps = keeps
 
     def __call__(self, *args: Any) -> Tensor:
         """The map's value, differentiable in the leading arguments."""
@@ -84,10 +88,15 @@ class EagerMap:
         if self._operator is not None and torch.compiler.is_compiling():
             return self._operator(*args).to(dtype)
         if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, args[: self.n_gradients])):
-            y = _Function.apply(self, *args)
+            y = _Function.apply(self, *self.own(args))
         else:
             y, _ = without_autocast(args[0], self.forward, *args)
         return cast(y, dtype)
+
+    def own(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, of which nobody can change what is saved."""
+        x = args[0]
+        return (x.clone(), *args[1:]) if self.keeps and (x.is_leaf or x._is_view()) else args
 
     def left(self, base: Tensor | None, *args: Any) -> Tensor:
         """``base @ value`` as one step, for a base [..., m, n] without gradient; None: the value.
@@ -114,6 +123,7 @@ class EagerMap:
             through(self.backward),
             through(self.graph),
             n_tensors=self.n_tensors + 1,
+            keeps=self.keeps,
         )
 
 
@@ -138,12 +148,11 @@ class FusedMap(EagerMap):
         *,
         n_gradients: int = 1,
         like: int = 0,
+        keeps: bool = False,
         resume: Callable[..., Any] | None = None,
     ) -> None:
-        n_tensors = schema.count("Tensor")
-        super().__init__(
-            forward, backward, graph, n_tensors=n_tensors, n_gradients=n_gradients, like=like
-        )
+        sizes: dict[str, Any] = {"n_tensors": schema.count("Tensor"), "n_gradients": n_gradients}
+        super().__init__(forward, backward, graph, like=like, keeps=keeps, **sizes)
         self.name, self.resume = name, resume
         self._operator = self._define(schema)
 

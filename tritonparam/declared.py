@@ -163,10 +163,13 @@ def _claim(rule: Rule, links: Sequence[nn.Module]) -> tuple[str, str]:
 
 
 def _random(tensors: Sequence[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     scale = max(tensors[0].size(-1), 1) ** -0.5 if tensors[0].dim() else 1.0
-    random = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in tensors]
-    return [r.to(x.device) * scale for r, x in zip(random, tensors, strict=True)]
+    return [_drawn(generator, x).to(x.device) * scale for x in tensors]
+
+
+def _drawn(generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _results(
@@ -180,7 +183,7 @@ def _results(
     # What the block draws is put back, so that the next evaluation draws the same.
     with torch.random.fork_rng(devices), torch.enable_grad():
         y = evaluate(tuple(copies), *leaves)
-        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        g = _drawn(torch.Generator("cpu").manual_seed(1), y)
         grads: Sequence[Tensor | None] = [None] * len(xs)
         if y.requires_grad:
             grads = torch.autograd.grad(y, leaves, g.to(y), allow_unused=True)

@@ -131,11 +131,11 @@ def _scaling(
         if min(counts) == top:
             degree = 12 if max(norms) <= TAYLOR_THETA[a.dtype][12] else 18
             return (a.new_tensor(2.0**-top) if top else None), [None] * top, degree
-        s = torch.tensor(counts)
+        s = norm.new_tensor(counts)
         rows = [(s > j).nonzero().squeeze(-1) for j in reversed(range(top))]
-        return torch.ldexp(torch.ones_like(norm), -s)[:, None, None], [*rows], 18
+        return torch.pow(2.0, -s)[:, None, None], [*rows], 18
     s = torch.frexp(norm / theta).exponent.clamp(min=0)
-    scale = torch.where(s <= _LAUNCHED, torch.ldexp(torch.ones_like(norm), -s), torch.nan)
+    scale = torch.where(s <= _LAUNCHED, torch.pow(2.0, -s.to(norm.dtype)), torch.nan)
     masks = [(s > j)[:, None, None] for j in reversed(range(_LAUNCHED))]
     return scale[:, None, None], [*masks], 18
 

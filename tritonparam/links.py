@@ -144,7 +144,7 @@ class CayleyMap(nn.Module):
         require_finite("CayleyMap", q)
         q64 = q.detach().to(torch.float64)
         ones = torch.ones(q.shape[:-1], dtype=q64.dtype, device=q.device)
-        off = off_manifold(orthogonality_defect(q64), torch.ones(()), q)
+        off = off_manifold(orthogonality_defect(q64), q64.new_ones(()), q)
         if off is not None:
             raise NoPreimage(
                 "CayleyMap: the assigned matrix must be orthogonal, got "

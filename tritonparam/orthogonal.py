@@ -190,8 +190,8 @@ def tall(x: Tensor) -> Tensor:
 def is_orthonormal(q: Tensor, dtype: torch.dtype) -> bool:
     """Whether q, tall and in fp64, has orthonormal columns up to rounding in `dtype`."""
     defect = orthogonality_defect(q)
-    like = torch.empty((0, q.size(-1)), dtype=dtype)
-    return bool(q.isfinite().all()) and off_manifold(defect, torch.ones(()).to(q), like) is None
+    like = q.new_empty((0, q.size(-1)), dtype=dtype)
+    return bool(q.isfinite().all()) and off_manifold(defect, q.new_ones(()), like) is None
 
 
 def _projected(q: Tensor) -> Tensor:

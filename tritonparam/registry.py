@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from tritonparam import configs, failures
 from tritonparam.tables import PATHS
@@ -27,6 +28,8 @@ _ON_CPU = "the original is on the cpu"  # the device's own string takes longer t
 _HAS_TRITON = find_spec("triton") is not None
 # Found once: they are asked at every read.
 transforms_active = torch._C._are_functorch_transforms_active
+_mode = torch._C._get_dispatch_mode
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 _counts = dict.fromkeys(PATHS, 0)
@@ -172,6 +175,8 @@ def plan(
 
 def links_decline(links: Sequence[nn.Module]) -> str:
     """Why a fused chain may not stand for these links, or the empty string."""
+    if _has_any_global_hook():
+        return "hooks on all modules are registered, which a fused chain would skip"
     for link in links:
         if (
             link._forward_hooks
@@ -199,6 +204,8 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
         return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if not torch.compiler.is_compiling() and (_mode(_FAKE) or _mode(_PROXY)) is not None:
+        return "fake tensors, or make_fx, have no values to look at"
     return ""
 
 

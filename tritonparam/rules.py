@@ -63,7 +63,7 @@ def _orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     if base is None or x.size(-1) == x.size(-2):
         return from_left(base, link.orthogonal_map, x)
     q = _AT_BASE[link.orthogonal_map](tall(x), tall(base))
-    return q if x.size(-2) >= x.size(-1) else q.mT
+    return q if x.size(-2) >= x.size(-1) else q.mT.contiguous()
 
 
 def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
         dtype = compute_dtype(x.dtype)
         y, base = cast_to(y, dtype), cast_to(base, dtype)
     q = _FREE[orthogonal_map](y, base)
-    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT, x.dtype)
+    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), x.dtype)
 
 
 def _exp(x: Tensor, left: Tensor | None) -> Tensor:

@@ -51,6 +51,8 @@ class GroupedMap:
     def _at_once(self, calls: Sequence[Call]) -> list[Tensor]:
         leading = [x for call in calls for x in call[: self.one.n_gradients]]
         if torch.is_grad_enabled() and any(x.requires_grad for x in leading):
+            calls = [self.one.own(call) for call in calls]
+            leading = [x for call in calls for x in call[: self.one.n_gradients]]
             graph = _Graph(self, calls)
             values = _Together.apply(graph, *leading)
             values = [_Apart.apply(graph, i, value) for i, value in enumerate(values)]

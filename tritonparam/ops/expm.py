@@ -135,6 +135,7 @@ def _map(name: str, kind: Kind) -> FusedMap:
         partial(_backward, kind=kind),
         partial(_graph, kind=kind),
         resume=partial(_resume, kind=kind),
+        keeps=True,
     )
 
 

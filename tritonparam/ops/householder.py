@@ -27,7 +27,7 @@ def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     v = x.tril(-1)
     v.diagonal(dim1=-2, dim2=-1).fill_(1)
     diagonal = x.detach().diagonal(dim1=-2, dim2=-1)
-    return v, torch.where(diagonal < 0, -1.0, 1.0) + 0 * diagonal
+    return v, 1 - 2 * (diagonal < 0) + 0 * diagonal
 
 
 def _factors(x: Tensor) -> Factors:
@@ -159,7 +159,7 @@ def _resume_at(q: Tensor, x: Tensor, base: Tensor) -> Saved:
 
 
 _householder = FusedMap(
-    "householder", "Tensor x", _forward, _backward, graph=_graph, resume=_resume
+    "householder", "Tensor x", _forward, _backward, graph=_graph, resume=_resume, keeps=True
 )
 _householder_at = FusedMap(
     "householder_at",
@@ -168,6 +168,7 @@ _householder_at = FusedMap(
     _backward_at,
     graph=_graph_at,
     resume=_resume_at,
+    keeps=True,
 )
 
 

@@ -173,7 +173,13 @@ def _graph_at(g: Tensor, saved: Saved, dtype: torch.dtype, a: float) -> tuple[Te
 
 
 _tall_cayley = FusedMap(
-    "tall_cayley", "Tensor x, float scale", _forward, _backward, graph=_graph, resume=_resume
+    "tall_cayley",
+    "Tensor x, float scale",
+    _forward,
+    _backward,
+    graph=_graph,
+    resume=_resume,
+    keeps=True,
 )
 _tall_cayley_at = FusedMap(
     "tall_cayley_at",
@@ -182,6 +188,7 @@ _tall_cayley_at = FusedMap(
     _backward_at,
     graph=_graph_at,
     resume=_resume_at,
+    keeps=True,
 )
 
 

@@ -145,9 +145,17 @@ def _graph_at(g: Tensor, saved: Any, dtype: torch.dtype) -> tuple[Tensor]:
     return _backward_at(g, _value_at(saved[0], saved[1])[1], dtype)
 
 
-_tall_exp = FusedMap("tall_exp", "Tensor x", _forward, _backward, _graph, resume=_resume)
+_tall_exp = FusedMap(
+    "tall_exp", "Tensor x", _forward, _backward, _graph, resume=_resume, keeps=True
+)
 _tall_exp_at = FusedMap(
-    "tall_exp_at", "Tensor x, Tensor base", _forward_at, _backward_at, _graph_at, resume=_resume_at
+    "tall_exp_at",
+    "Tensor x, Tensor base",
+    _forward_at,
+    _backward_at,
+    _graph_at,
+    resume=_resume_at,
+    keeps=True,
 )
 
 
