@@ -19,6 +19,7 @@ except ImportError as error:
     ) from None
 
 from tests.interpreter import patch_once_a_launch
+from tests.on_gpu import of_this_process
 
 if os.environ.get("TRITON_INTERPRET"):
     patch_once_a_launch()
@@ -33,6 +34,10 @@ def pytest_collection_modifyitems(items):
         module = getattr(item, "module", None)  # none of a docstring's example
         if "device" in getattr(item, "fixturenames", ()) or hasattr(module, "DEVICE"):
             item.add_marker("gpu")
+
+
+def pytest_collection_finish(session):
+    session.items[:] = of_this_process(session.items)  # of what -m has left
 
 
 @pytest.fixture(autouse=True)

@@ -111,20 +111,22 @@ class EagerMap:
 
     @cached_property
     def _left(self) -> EagerMap:
+        n = 1 + self.n_tensors
+
         def forward(x: Tensor, base: Tensor, *more: Any) -> tuple[Tensor, Any]:
             y, saved = self.forward(x, *more)
-            return base @ y, (base, *saved)
+            return base @ y, (base, x, *more[: n - 2], *saved)
 
-        def through(gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
-            return lambda g, saved, *more: gradients(saved[0].mT @ g, saved[1:], *more)
+        def backward(g: Tensor, saved: Saved, dtype: torch.dtype, *numbers: Any) -> Gradients:
+            return self.backward(saved[0].mT @ g, saved[n:], dtype, *numbers)
 
-        return EagerMap(
-            forward,
-            through(self.backward),
-            through(self.graph),
-            n_tensors=self.n_tensors + 1,
-            keeps=self.keeps,
-        )
+        def graph(g: Tensor, saved: Saved, dtype: torch.dtype, *numbers: Any) -> Gradients:
+            # The formula may need the value, which is not the result here: it is evaluated again.
+            base, x, *more = saved[:n]
+            y = self(x, *more, *numbers)
+            return torch.autograd.grad(y, (x,), base.mT @ g, create_graph=True)
+
+        return EagerMap(forward, backward, graph, n_tensors=n, keeps=self.keeps)
 
 
 class FusedMap(EagerMap):

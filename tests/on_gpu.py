@@ -1,0 +1,67 @@
+"""The tests that use a GPU, in parts that run at once: ``python -m tests.on_gpu SECONDS``.
+
+Most of their time is compiling kernels, on one core each. A part is neighbouring tests, so that few
+kernels are compiled twice. What has not finished after SECONDS is stopped, and the result is 1.
+Arguments that follow replace pytest's ``tests -m gpu``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PARTS = min(os.cpu_count() or 1, 12)
+PART = "TRITONPARAM_TEST_PART"  # "3/12" is the fourth of twelve
+NO_TESTS = 5  # pytest's exit status
+
+
+def of_this_process(items: list) -> list:
+    """The tests of the part that the environment names, all of them where it names none."""
+    part, parts = map(int, os.environ.get(PART, "0/1").split("/"))
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
+
+
+def main(arguments: list[str]) -> int:
+    """Run all parts, print how each ended, and return 1 where one failed or was stopped."""
+    seconds, *chosen = arguments
+    deadline = time.monotonic() + float(seconds)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += chosen or ["tests", "-m", "gpu"]
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for part in range(PARTS):
+            log = Path(folder) / f"{part}.log"
+            with log.open("w") as out:
+                process = subprocess.Popen(
+                    command,
+                    env=os.environ | {PART: f"{part}/{PARTS}"},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            running.append((process, log))
+        for part, (process, log) in enumerate(running):
+            try:
+                status: int | None = process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = None
+            passed = status in (0, NO_TESTS)
+            failed |= not passed
+            text = log.read_text(errors="replace").rstrip()
+            ended = text.rpartition("\n")[2] if status is not None else f"stopped at {seconds} s"
+            print(f"part {part + 1} of {PARTS}: {ended}", flush=True)
+            if not passed:
+                print(text)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
