@@ -25,12 +25,13 @@ bench: $(VENV)/.ready
 	$(RUN) -m pytest benchmarks --quiet
 
 # On a machine with a GPU, in the Python that has its torch: the tests that use it, marked by
-# tests/conftest.py, compute-sanitizer where there is one, then the benchmarks in what is left of
-# BUDGET seconds. Result files go to $OUT where it is set, else to benchmarks/results/<device>/.
+# tests/conftest.py, in 2/5 of BUDGET seconds, compute-sanitizer where there is one, then the
+# benchmarks in what is left. Result files go to $OUT where it is set, else to
+# benchmarks/results/<device>/.
 gpu:
 	$(GPU_PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@start=$$(date +%s); status=0; \
-	$(GPU_PYTHON) -m pytest --quiet tests -m gpu || status=$$?; \
+	$(GPU_PYTHON) -m tests.on_gpu $$(($(BUDGET) * 2 / 5)) || status=$$?; \
 	$(GPU_PYTHON) -m tests.sanitize || status=$$?; \
 	export TRITONPARAM_BENCH_DEVICE=cuda TRITONPARAM_BENCH_OUT="$(OUT)"; \
 	export TRITONPARAM_BENCH_BUDGET=$$(($(BUDGET) - $$(date +%s) + start)); \

@@ -93,10 +93,10 @@ def inverse_definite(a: Tensor) -> Tensor:
     if leaf is None:
         return _lapack_inverse(a)
     m = _block_inverse(a, leaf)
-    residual = _residual(a, m)
-    if residual <= 8 * torch.finfo(a.dtype).eps:
+    residual, rounding = _residual(a, m), 8 * torch.finfo(a.dtype).eps
+    if residual <= rounding:
         return m
-    if residual <= 1e-2:
+    if residual**2 <= rounding:
         return m + m @ (identity_like(a) - a @ m)
     return _lapack_inverse(a)
 

@@ -49,9 +49,22 @@ def _closed_fwd(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     a.diagonal(0, -2, -1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
     nan = lower.sum((-2, -1), keepdim=True).mul_(0)
-    q = inverse_definite(a) * nan.add(d.unsqueeze(-2), alpha=2)
-    q.diagonal(0, -2, -1).sub_(d)
+    m = inverse_definite(a)
+    q = m * nan.add(d.unsqueeze(-2), alpha=2)
+    diagonal = q.diagonal(0, -2, -1)
+    if w.is_cpu and _is_small(lower):
+        # Of M = I + X M the diagonal, where the rounding of pivots near 1 gathers.
+        a.diagonal(0, -2, -1).zero_()
+        torch.addcmul(d, d, (a * m.mT).sum(-1), value=-2, out=diagonal)
+    else:
+        diagonal.sub_(d)
     return q, (q, d)
+
+
+def _is_small(lower: Tensor) -> bool:
+    """Whether the eigenvalues of every X, of which `lower` is a triangle, are below 1 in rms."""
+    norm = torch.linalg.vector_norm(lower, dim=(-2, -1))
+    return bool((norm * norm < lower.size(-1) / 2).all())
 
 
 def _closed_fwd_of_few(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
