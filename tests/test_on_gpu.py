@@ -18,6 +18,7 @@ def test_every_test_is_in_one_part(monkeypatch):
 @pytest.mark.parametrize(
     ("chosen", "status", "said"),
     [("_within", 0, "1 passed"), ("_beyond", 1, "beyond its bound"), ("_none", 0, "deselected")],
+    ids=["passes", "fails", "empty"],  # part of the file's path, in which pytest, too, looks
 )
 def test_parts_pass_or_fail(chosen, status, said, tmp_path, monkeypatch, capsys):
     file = tmp_path / "test_some.py"

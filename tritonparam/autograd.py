@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import wraps
 from operator import attrgetter
 from typing import Any
 
@@ -99,34 +99,23 @@ class EagerMap:
         return (x.clone(), *args[1:]) if self.keeps and (x.is_leaf or x._is_view()) else args
 
     def left(self, base: Tensor | None, *args: Any) -> Tensor:
-        """``base @ value`` as one step, for a base [..., m, n] without gradient; None: the value.
+        """``base @ value`` for a base [..., m, n] without gradient; None: the value.
 
         A product of torch's own would be differentiated under the autocast of the backward pass.
         """
+        value = self(*args)
         if base is None:
-            return self(*args)
-        if torch.compiler.is_compiling():
-            return base @ self(*args)
-        return self._left(args[0], base, *args[1:])
+            return value
+        return base @ value if torch.compiler.is_compiling() else _product(value, base)
 
-    @cached_property
-    def _left(self) -> EagerMap:
-        n = 1 + self.n_tensors
 
-        def forward(x: Tensor, base: Tensor, *more: Any) -> tuple[Tensor, Any]:
-            y, saved = self.forward(x, *more)
-            return base @ y, (base, x, *more[: n - 2], *saved)
+def _from_base(g: Tensor, saved: Saved, dtype: torch.dtype) -> Gradients:
+    return (saved[0].mT @ g,)
 
-        def backward(g: Tensor, saved: Saved, dtype: torch.dtype, *numbers: Any) -> Gradients:
-            return self.backward(saved[0].mT @ g, saved[n:], dtype, *numbers)
 
-        def graph(g: Tensor, saved: Saved, dtype: torch.dtype, *numbers: Any) -> Gradients:
-            # The formula may need the value, which is not the result here: it is evaluated again.
-            base, x, *more = saved[:n]
-            y = self(x, *more, *numbers)
-            return torch.autograd.grad(y, (x,), base.mT @ g, create_graph=True)
-
-        return EagerMap(forward, backward, graph, n_tensors=n, keeps=self.keeps)
+_product = EagerMap(
+    lambda y, base: (base @ y, (base,)), backward=_from_base, graph=_from_base, n_tensors=2
+)
 
 
 class FusedMap(EagerMap):
