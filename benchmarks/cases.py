@@ -138,6 +138,14 @@ def torchs_bytes(name: str, shape: tuple[int, ...]) -> int:
     return matrices.get(name, 0) * 4 * max(shape) ** 2
 
 
+def compiles(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Inductor gets through torch's chain: it unrolls a step per Householder reflector.
+
+    At 512 × 512 it is not done after eight minutes, on a CPU.
+    """
+    return name != "householder" or shape[-1] <= 64
+
+
 def torchs_own(case: Case) -> Callable[[Tensor], nn.Module] | None:
     """Makes torch's module for an original, where that is the baseline."""
     if case.name in _TALL:

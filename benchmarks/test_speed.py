@@ -2,7 +2,8 @@
 
 Each round times composed eager, composed under torch.compile, the closed form and the kernel once,
 in one process: the forward pass with its graph, the backward pass, and both. What is compared is
-the median of the per-round ratios. Where torch's ``orthogonal`` does the same job, it stands for
+the median of the per-round ratios. Nothing is compiled where a turn takes longer than
+``passes.SLOW``, or Inductor minutes. Where torch's ``orthogonal`` does the same job, it stands for
 composed. Chains are in training mode. Peers that are installed come after, interleaved with ours,
 each with its distance from the constraint. Every contender has the memory that a step holds, and
 on a GPU the times of the host and of the device alone. Rows go to

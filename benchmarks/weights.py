@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonparam as tp
-from benchmarks.cases import BOTH, NORMS, Timed, least, torchs_bytes, torchs_own
+from benchmarks.cases import BOTH, NORMS, Timed, compiles, least, torchs_bytes, torchs_own
 from benchmarks.clock import Clock
 from benchmarks.passes import SLOW, Pass, Reader, Samples
 from benchmarks.peers import Peer, constraint_error, peers
@@ -90,7 +90,8 @@ class Weights:
         if samples is not None:
             readers["composed"] = theirs = Reader.of("composed", self.theirs)
             self.once = samples if samples[BOTH].seconds > ONCE[self.clock.kind] else None
-            if samples[BOTH].seconds < SLOW:
+            compiled = all(compiles(self.timed.name, shape) for shape in self.timed.shapes)
+            if compiled and samples[BOTH].seconds < SLOW:
                 read = torch.compile(theirs.read, dynamic=False)
                 readers["compiled"] = theirs._replace(read=read)
         readers |= {path: Reader.of(path, self.modules) for path in self.paths()}
