@@ -34,15 +34,22 @@ def _results() -> Iterator[tuple[Path, Row, dict[str, list[Row]]]]:
 
 
 def _milliseconds(microseconds: float | None) -> str:
-    return "–" if microseconds is None else f"{microseconds / 1000:.3g}"
+    return "–" if microseconds is None else f"{float(f'{microseconds / 1000:.3g}'):,g}"
+
+
+def _size(row: Row) -> str:
+    shape = row["shape"]
+    return f"{len(shape)} layers" if isinstance(shape[0], list) else "×".join(map(str, shape))
+
+
+def _phase(row: Row) -> str:
+    """ "" of forward and backward in eager mode, else the phase after a comma."""
+    phase = {BOTH: "", f"{BOTH}, graph": ", graph"}.get(row["phase"])
+    return f", {row['phase']}" if phase is None else phase
 
 
 def _label(row: Row) -> str:
-    shape = row["shape"]
-    layers = isinstance(shape[0], list)
-    size = f"{len(shape)} layers" if layers else "×".join(map(str, shape))
-    phase = {BOTH: "", f"{BOTH}, graph": ", graph"}.get(row["phase"])
-    return f"{row['chain']} {size}{', ' + row['phase'] if phase is None else phase}"
+    return f"{row['chain']} {_size(row)}{_phase(row)}"
 
 
 def _part(row: Row) -> str:
@@ -70,10 +77,41 @@ def _cases(rows: list[Row]) -> dict[str, dict[str, Row]]:
     return cases
 
 
+def _ours(by: dict[str, Row]) -> Row:
+    """The row of the path that is taken by default."""
+    return by["kernel"] if "kernel" in by else by["closed"]
+
+
+def _gains(rows: list[Row]) -> list[str]:
+    """A line per chain and phase: where the least is gained, where the most, the largest error."""
+    groups: dict[str, list[dict[str, Row]]] = {}
+    for by in _cases([row for row in rows if not _part(row)]).values():
+        if _ours(by)["speedup_over_composed"] is not None:
+            groups.setdefault(by["composed"]["chain"] + _phase(by["composed"]), []).append(by)
+    lines = []
+    for name, cases in groups.items():
+        cases.sort(key=lambda by: _ours(by)["speedup_over_composed"])
+        ends = [_gain(cases[0]), _gain(cases[-1]) if len(cases) > 1 else "–"]
+        errors = [
+            max((row["value_error"] for row in of if "value_error" in row), default=None)
+            for of in ([_ours(by) for by in cases], [by["composed"] for by in cases])
+        ]
+        mine, theirs = ("–" if error is None else f"{error:.0e}" for error in errors)
+        lines.append(f"| {name} | {' | '.join(ends)} | {mine} ({theirs}) |")
+    return lines
+
+
+def _gain(by: dict[str, Row]) -> str:
+    """What is gained, the size, and the milliseconds of both."""
+    ours = _ours(by)
+    times = " → ".join(_milliseconds(row["median_us"]) for row in (by["composed"], ours))
+    return f"{ours['speedup_over_composed']:.2f}× at {_size(ours)}: {times} ms"
+
+
 def _times(rows: list[Row], floors: bool) -> list[str]:
     lines = []
     for case, by in _cases([row for row in rows if not _part(row)]).items():
-        ours = by["kernel"] if "kernel" in by else by["closed"]
+        ours = _ours(by)
         found = [by.get(c, {}) for c in CONTENDERS]
         cells = [case, *(_milliseconds(row.get("median_us")) for row in found)]
         gain = ours["speedup_over_composed"]
@@ -204,13 +242,17 @@ def tables() -> str:
     lines: list[str] = []
     for folder, machine, by_name in _results():
         lines += [_machine(machine), ""]
-        floors = any("floor_us" in row for rows in by_name.values() for row in rows)
+        ordered = [case.name for case in CASES if case.name in by_name]
+        timed = [by_name[name] for name in [*ordered, "read"] if name in by_name]
+        lines += ["| chain | least gain | most gain | error |", "|---|---|---|---|"]
+        lines += [line for rows in timed for line in _gains(rows)]
+        floors = any("floor_us" in row for rows in timed for row in rows)
         head = ["chain, shape", "composed", "compiled", "closed", "kernel", "gain"]
         head += ["floor", "error"] if floors else ["error"]
+        lines += ["", "<details><summary>Every size: ms of each contender</summary>", ""]
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        ordered = [case.name for case in CASES if case.name in by_name]
-        for name in [*ordered, *(["read"] if "read" in by_name else [])]:
-            lines += _times(by_name[name], floors)
+        lines += [line for rows in timed for line in _times(rows, floors)]
+        lines += ["", "</details>"]
         lines += _more([row for name in ordered for row in by_name[name]])
         if "embedding" in by_name:
             lines += _embedding(by_name["embedding"])

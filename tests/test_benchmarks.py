@@ -109,7 +109,8 @@ def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch
                 assert row["device_median_us"] >= 0
             assert row["speedup_over_composed"] > 0
             assert ("product_us" in row) == (timed.shapes[0][-1] >= 4)
-    table, *folded = report.tables().split("<details>")
+    gains, table, *folded = report.tables().split("<details>")
+    assert gains.count(f"| {timed.name}") == len(wholes)
     assert "| floor |" in table
     assert table.count(f"| {timed.name} ") == len(wholes)
     assert table.count(", graph |") == len(wholes) - 1

@@ -44,6 +44,24 @@ def test_the_report_folds_what_stands_beside_the_times():
     assert report._more([{**base, "contender": "closed", "median_us": 1.0}]) == []
 
 
+def test_the_first_table_has_the_least_and_the_most_of_each_chain():
+    def case(n, gain, chain="cayley", phase="forward+backward", ours="closed", **more):
+        base = {"chain": chain, "shape": [n, n], "phase": phase, "value_error": 1e-7}
+        return [
+            base | {"contender": "composed", "median_us": 1000.0 * n, "value_error": n * 1e-7},
+            base | {"contender": ours, "median_us": 500.0, "speedup_over_composed": gain} | more,
+        ]
+
+    graph = case(8, 3.0, phase="forward+backward, graph", ours="kernel", value_error=3e-7)
+    rows = [*case(64, 2.0), *case(8, 0.5), *case(16, 1.0), *case(8, 9.0, phase="forward"), *graph]
+    rows += case(4, None, chain="tall_exp")  # without a baseline: in the table of every size
+    assert report._gains(rows) == [
+        "| cayley | 0.50× at 8×8: 8 → 0.5 ms | 2.00× at 64×64: 64 → 0.5 ms | 1e-07 (6e-06) |",
+        "| cayley, graph | 3.00× at 8×8: 8 → 0.5 ms | – | 3e-07 (8e-07) |",
+    ]
+    assert report._milliseconds(3_970_400.0) == "3,970"
+
+
 def test_the_line_of_the_machine(monkeypatch):
     versions = {"device": "H100", "torch": "2.13.0", "triton": "3.9.0", "commit": "abc"}
     assert report._machine(versions) == "H100; torch 2.13.0, triton 3.9.0; commit abc."
