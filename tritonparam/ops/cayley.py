@@ -44,27 +44,27 @@ def _closed_fwd(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     w = cast(w, compute_dtype(w.dtype))
     if w.is_cpu and w.dim() == 2 and w.size(0) <= _FEW:
         return _closed_fwd_of_few(w, d)
-    lower = w.mT.tril(-1)
-    a = lower - lower.mT  # by rows, as the result shall be
+    upper = w.triu(1)
+    a = torch.sub(upper.mT, upper, out=torch.empty_like(upper))  # by rows, as the result shall be
     a.diagonal(0, -2, -1).fill_(1)
     # LU takes infinity for a good pivot; where W is not finite this is NaN, as in torch's solve.
-    nan = lower.sum((-2, -1), keepdim=True).mul_(0)
+    nan = upper.sum((-2, -1), keepdim=True).mul_(0)
     m = inverse_definite(a)
     q = m * nan.add(d.unsqueeze(-2), alpha=2)
     diagonal = q.diagonal(0, -2, -1)
-    if w.is_cpu and _is_small(lower):
-        # Of M = I + X M the diagonal, where the rounding of pivots near 1 gathers.
+    if w.is_cpu and _is_small(upper):
+        # Of M = I + M X the diagonal, where the rounding of pivots near 1 gathers.
         a.diagonal(0, -2, -1).zero_()
-        torch.addcmul(d, d, (a * m.mT).sum(-1), value=-2, out=diagonal)
+        torch.addcmul(d, d, (a * m).sum(-1), value=2, out=diagonal)
     else:
         diagonal.sub_(d)
     return q, (q, d)
 
 
-def _is_small(lower: Tensor) -> bool:
-    """Whether the eigenvalues of every X, of which `lower` is a triangle, are below 1 in rms."""
-    norm = torch.linalg.vector_norm(lower, dim=(-2, -1))
-    return bool((norm * norm < lower.size(-1) / 2).all())
+def _is_small(upper: Tensor) -> bool:
+    """Whether the eigenvalues of every X, of which `upper` is a triangle, are below 1 in rms."""
+    norm = torch.linalg.vector_norm(upper, dim=(-2, -1))
+    return bool((norm * norm < upper.size(-1) / 2).all())
 
 
 def _closed_fwd_of_few(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
