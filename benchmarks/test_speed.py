@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import embedding, machine, measure, reads
 from benchmarks.cases import SMALL_READS, Timed, rows
@@ -28,8 +29,11 @@ from benchmarks.clock import Clock
 from benchmarks.rounds import Repeat
 from benchmarks.rows import OURS, Row
 from tests.cases import CASES
+from tests.on_gpu import NO_GPU
 
 KIND = os.environ.get("TRITONPARAM_BENCH_DEVICE") or "cpu"
+if KIND == "cuda" and not torch.cuda.is_available():
+    raise pytest.UsageError(f"TRITONPARAM_BENCH_DEVICE=cuda: {NO_GPU}")
 BUDGET = float(os.environ.get("TRITONPARAM_BENCH_BUDGET") or "inf")
 OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
 CLOCK = Clock(KIND)

@@ -2,7 +2,7 @@
 
 Most of their time is compiling kernels, on one core each. A part is neighbouring tests, so that few
 kernels are compiled twice. What has not finished after SECONDS is stopped, and the result is 1.
-Arguments that follow replace pytest's ``tests -m gpu``.
+Arguments that follow replace pytest's ``tests -m gpu``, which without a GPU are not started.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 PARTS = min(os.cpu_count() or 1, 12)
 PART = "TRITONPARAM_TEST_PART"  # "3/12" is the fourth of twelve
 NO_TESTS = 5  # pytest's exit status
+NO_GPU = (
+    f"a GPU is needed, and torch {torch.__version__} of {sys.executable} finds none; "
+    "give make gpu another GPU_PYTHON, or run make test and make bench, which need none."
+)
 
 
 def of_this_process(items: list) -> list:
@@ -29,6 +35,9 @@ def of_this_process(items: list) -> list:
 def main(arguments: list[str]) -> int:
     """Run all parts, print how each ended, and return 1 where one failed or was stopped."""
     seconds, *chosen = arguments
+    if not chosen and not torch.cuda.is_available():
+        print(f"tests.on_gpu: {NO_GPU}")
+        return 1
     deadline = time.monotonic() + float(seconds)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += chosen or ["tests", "-m", "gpu"]

@@ -35,3 +35,9 @@ def test_what_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "PARTS", 2)
     assert on_gpu.main(["0.5", str(file)]) == 1
     assert capsys.readouterr().out.count("stopped at 0.5 s") == 2
+
+
+def test_without_a_gpu_nothing_is_started(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert on_gpu.main(["0"]) == 1
+    assert capsys.readouterr().out == f"tests.on_gpu: {on_gpu.NO_GPU}\n"
