@@ -12,15 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import PEERS
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
+from tritonparam import configs
 
 
 def _version(package: str) -> str | None:
@@ -53,9 +45,7 @@ def _driver() -> str | None:
 
 
 def _device(kind: str) -> str:
-    if kind == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return configs.device_name(torch.device(kind))
 
 
 def describe(kind: str) -> dict[str, Any]:

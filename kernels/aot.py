@@ -3,8 +3,10 @@
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import triton
@@ -49,6 +51,26 @@ class Resources:
     regs: int
     stack: int
     shared: int
+
+
+@cache
+def require_target(target: str) -> None:
+    """Raise ValueError where Triton does not compile for a target, or it is not named like one.
+
+    What the project does not support is tried in a process of its own: LLVM ends the process
+    where it does not know a GPU.
+    """
+    _gpu_target(target)
+    if target in TARGETS:
+        return
+    code = f"from {__name__} import *; compile_kernel(*shipped({target!r})[0], {target!r})"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    if subprocess.run(command, env=environment, capture_output=True).returncode:
+        raise ValueError(
+            f"aot: target must be a GPU that Triton {triton.__version__} compiles for, as "
+            f"{', '.join(TARGETS)}, got {target!r}, on which its compiler gives up"
+        )
 
 
 def shipped(target: str) -> list[tuple]:

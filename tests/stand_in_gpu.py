@@ -88,7 +88,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "_sleep": lambda cycles: None,
         "set_sync_debug_mode": set_mode,
         "get_device_properties": lambda: properties,
-        "get_device_name": lambda: "Stand-in 1",
+        "get_device_name": lambda *_: "Stand-in 1",
     }
     for name, replacement in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, replacement)

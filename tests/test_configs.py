@@ -13,7 +13,7 @@ import tritonparam as tp
 from tritonparam import configs, tables
 
 ROW = {
-    "device": "cpu",  # the name under which tensors on the CPU ask
+    "device": configs.device_name(torch.device("cpu")),
     "dtype": "float32",
     "chain": "cayley",
     "n": 48,
@@ -67,11 +67,26 @@ def test_a_row_speaks_for_its_batches_alone(write):
         assert (configs.lookup("cayley", torch.zeros(size, 48, 48), 48) is not None) == found
 
 
-def test_low_precision_asks_for_fp32(write):
+@pytest.mark.parametrize("dtype", tp.registry.DTYPES, ids=str)
+def test_a_row_speaks_for_its_dtype_alone(write, dtype):
+    """What spills, fits and is right in one dtype need not in another that computes in fp32 too."""
+    write(ROW | {"dtype": str(dtype).removeprefix("torch.")})
+    for other in tp.registry.DTYPES:
+        found = configs.lookup("cayley", torch.zeros(2, 2, dtype=other), 48)
+        assert (found is not None) == (other == dtype)
+
+
+def test_a_row_speaks_for_its_number_of_threads_alone(write):
+    threads = torch.get_num_threads()
     write(ROW)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert configs.lookup("cayley", torch.zeros(2, 2, dtype=dtype), 48)
-    assert configs.lookup("cayley", torch.zeros(2, 2, dtype=torch.float64), 48) is None
+    x = torch.zeros(2, 2)
+    torch.set_num_threads(threads + 1)
+    try:
+        assert configs.lookup("cayley", x, 48) is None
+    finally:
+        torch.set_num_threads(threads)
+    configs.reload()
+    assert configs.lookup("cayley", x, 48)
 
 
 def test_another_device_does_not_match(write, monkeypatch):
@@ -124,7 +139,7 @@ MALFORMED |= {
         ([{key: ROW[key] for key in ROW if key != "n"}], "a row must have"),
         ([ROW | {"n": 0}], "no such"),
         ([ROW | {"n": True}], "n must be a JSON int"),
-        ([ROW | {"dtype": "bfloat16"}], "no such compute dtype"),
+        ([ROW | {"dtype": "int8"}], "no such dtype"),
         ([ROW | {"path": "fast"}], "no such"),
         ([ROW | {"path": "closed"}], "only a kernel has a config"),
         ([ROW | {"config": {"forward": {}}}], "objects under fwd and bwd"),
@@ -215,7 +230,7 @@ def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch
     monkeypatch.setattr(configs, "launch", lambda *a: launched.append(launch(*a)) or launched[-1])
     numbers = {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 2}}
     write(ROW | {"n": 4, "config": numbers})
-    monkeypatch.setattr(configs, "device_name", lambda device: "cpu")
+    monkeypatch.setattr(configs, "device_name", lambda device: ROW["device"])
     layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
     with tp.use_path("kernel"):
         layer.to("cuda" if torch.cuda.is_available() else "cpu").weight.sum().backward()

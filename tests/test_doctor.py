@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import doctor, info, registry, samples, surroundings, tables
+from tritonparam import configs, doctor, info, registry, samples, surroundings, tables
 from tritonparam.surroundings import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -223,8 +223,9 @@ def test_a_table_of_another_torch(tmp_path, monkeypatch):
 
 def test_a_table_of_this_and_of_another_device(tmp_path, monkeypatch):
     file = table(tmp_path, monkeypatch)
+    cpu = configs.device_name(torch.device("cpu"))
     row = {"dtype": "float32", "chain": "cayley", "n": 8, "batch": 1, "path": "closed"}
-    rows = [row | {"device": device, "config": {}} for device in ("cpu", "NVIDIA Abacus")]
+    rows = [row | {"device": device, "config": {}} for device in (cpu, "NVIDIA Abacus")]
     assert surroundings.cache()[1].startswith(f"no table yet in {tmp_path}")
     tables.store(rows, file)
     status, text = surroundings.cache()

@@ -50,6 +50,7 @@ FLOORS = {
     "preimage": 1.1,
     "polynomials": 1,
     "exponential": 1.1,
+    "turns": 1,
     "tables": 1.8,
     "configs": 1.9,
     "failures": 1.9,

@@ -96,6 +96,25 @@ def test_the_table_shows_every_number(monkeypatch):
     assert json.loads(invoke("--kernels", "--json").stdout) == {"kernels": ROWS}
 
 
+def test_a_target_that_the_compiler_does_not_know_is_refused_before_the_rest(monkeypatch):
+    """LLVM ends the process that asks for sm_20."""
+    aot = pytest.importorskip("tritonparam.kernels.aot")
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, -6)
+
+    monkeypatch.setattr(aot.subprocess, "run", run)
+    result = invoke("--kernels", "--target", "sm_90", "--target", "sm_20")
+    assert result.exit_code == 2
+    output = " ".join(result.output.split())
+    assert "--target must be a GPU that Triton" in output
+    assert "as sm_80, sm_90, sm_100, gfx942, got 'sm_20'" in output
+    (command,) = asked
+    assert command[-1].endswith("compile_kernel(*shipped('sm_20')[0], 'sm_20')")
+
+
 @pytest.mark.parametrize("bad", ["hopper", "sm_", "sm_9x", "gfx", "90", "sm_90 ", ""])
 def test_a_bad_target_is_named(bad):
     pytest.importorskip("triton")

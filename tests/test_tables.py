@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,32 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert tables.users_file() == tmp_path / ".cache" / "tritonparam" / file.name
 
 
+def test_another_source_has_another_file(folder, monkeypatch):
+    """An edited kernel is not launched with what was fastest for the one before."""
+    tables.store([ROW], tables.users_file())
+    monkeypatch.setattr(tables, "_source", lambda: "edited")
+    assert not tables.users_file().exists()
+    configs.reload()
+    assert configs.fastest("cayley", torch.zeros(48, 48), 48) == ""
+
+
+def test_the_source_is_that_of_kernels_operations_and_package(folder, monkeypatch):
+    found = [folder / name / "some.py" for name in ("package", "package/ops", "kernels")]
+    for file in found:
+        file.parent.mkdir()
+        file.write_text("a = 1\n")
+    spec = SimpleNamespace(submodule_search_locations=[str(folder / "kernels")])
+    monkeypatch.setattr(tables, "find_spec", lambda name: spec)
+    monkeypatch.setattr(tables, "HERE", folder / "package")
+    source = tables._source.__wrapped__
+    digests = [source()]
+    for file in found:
+        file.write_text("a = 2\n")
+        digests.append(source())
+    assert len(set(digests)) == 4
+    assert source() == digests[-1]
+
+
 def test_it_has_the_last_word(folder, monkeypatch):
     shipped = folder / "shipped.json"
     monkeypatch.setattr(tables, "SHIPPED", shipped)
@@ -59,7 +86,7 @@ def test_storing_replaces_what_speaks_for_the_same(folder):
         ("skew_exp", 48, 1),
     ]
     assert len(file.read_text().splitlines()) == 5  # a row a line
-    with pytest.raises(ValueError, match="no such compute dtype, path or size"):
+    with pytest.raises(ValueError, match="no such dtype, path or size"):
         tables.store([ROW | {"n": 0}], file)
     assert len(tables.read(file)) == 3
 

@@ -14,6 +14,13 @@ from tritonparam import configs, registry, samples, tables, trials, tuner
 from tritonparam.trials import Trial
 
 
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """A made-up clock says the same each time."""
+    for name in ("STEPS", "LEAST", "MOST"):
+        monkeypatch.setattr(trials, name, 1)
+
+
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "tuned.json"
@@ -62,6 +69,38 @@ def test_the_fastest_is_stored_and_taken(file, monkeypatch):
 def test_what_gains_too_little_does_not_replace_the_default(file):
     (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1.00e-5, composed=0.98e-5))
     assert found.row["path"] == "closed"
+
+
+def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
+    """From the middle of the third round on, steps take three times as long."""
+    monkeypatch.setattr(trials, "LEAST", 5)
+    monkeypatch.setattr(trials, "MOST", 5)
+    turns = []
+
+    def slower(step):
+        step()
+        if registry.override() not in ("closed", "composed"):
+            return 1e-6  # a copy, for the floor
+        turns.append(registry.override())
+        seconds = 0.9e-5 if turns[-1] == "composed" else 1e-5
+        return seconds if len(turns) <= 2 + 2 * 2 + 1 else 3 * seconds
+
+    (found,) = tp.tune(cayley(), file=file, clock=slower)
+    there, back = ["closed", "composed"], ["composed", "closed"]
+    assert turns == there + there + back + there + back + there
+    closed, composed = found.trials
+    assert closed.microseconds < composed.microseconds  # the medians, each by itself
+    assert (closed.ratio, composed.ratio) == (1, pytest.approx(0.9))
+    assert found.row["path"] == "composed"
+
+
+def test_a_weight_that_no_path_reads_right_is_left_alone(file):
+    broken, right = cayley(3), cayley(8)
+    broken.parametrizations.weight.original.data.fill_(torch.nan)
+    found = tp.tune(torch.nn.Sequential(broken, right), file=file, clock=clock())
+    assert [trial.reason for trial in found[0].trials] == ["its value is off by nan"] * 2
+    assert "→" not in str(found[0])
+    assert [row["n"] for row in tables.read(file).values()] == [8]
 
 
 def test_the_model_is_not_changed(file):
@@ -185,7 +224,6 @@ def test_kernels_are_launched_with_what_is_tried(file, monkeypatch):
         fwd, bwd = launched
         return 1e-5 * (1 if fwd.block_matrices == 1 else 3) + 1e-5 * bwd.num_warps**-1
 
-    monkeypatch.setattr(trials, "TURNS", 1)
     monkeypatch.setattr(trials, "compiled", lambda found, problem: found)
     layer = cayley().to("cuda" if torch.cuda.is_available() else "cpu")
     with tp.use_path("kernel"):
@@ -224,7 +262,6 @@ def test_tall_kernels_are_launched_with_what_is_tried(file, monkeypatch):
         return [default, *(c for c in others if c in [replace(default, **x) for x in numbers])]
 
     monkeypatch.setattr(registry.kernels("tall_cayley"), "candidates", some)
-    monkeypatch.setattr(trials, "TURNS", 1)
     monkeypatch.setattr(trials, "compiled", lambda found, problem: found)
     layer = tp.orthogonal(torch.nn.Linear(2, 5), "weight", "cayley", use_trivialization=False)
     layer = layer.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -284,7 +321,7 @@ def model():
 def test_command(run, tmp_path, monkeypatch):
     result = run("--chain", "cayley", "--n", "8", "--n", "16", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert "cayley, 1 of n = 16, float32, cpu" in result.output
+    assert "cayley, 1 of n = 16, float32, " in result.output
     assert result.output.count("→  composed") == 2
     assert "measured before" in run("--chain", "cayley", "--n", "8", "--device", "cpu").output
     shipped = tmp_path / "shipped.json"

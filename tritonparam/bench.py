@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, info, registry, samples, trials, tuner
+from tritonparam import configs, info, registry, samples, trials, tuner, turns
 from tritonparam.fuse import fuse, originals, parametrized_tensors
 from tritonparam.reading import Reading, too_far
 from tritonparam.report import BadOption, build, floating, where
@@ -182,7 +182,6 @@ class _Contender:
         self._read: Callable[[], Tensor] = lambda: plist()
         if name == "compiled":
             self._read = torch.compile(self._read, dynamic=False)
-        self.seconds: list[tuple[float, ...]] = []
 
     def forward(self) -> Tensor:
         return self._read()
@@ -201,13 +200,13 @@ class _Contender:
         wrong = too_far(errors, self._xs[0].dtype)
         return None if wrong else max(errors.values()), wrong
 
-    def round(self, clock: Clock) -> None:
-        """Time forward, backward and both once."""
+    def turn(self, clock: Clock) -> tuple[float, float, float]:
+        """The seconds of forward, backward and both."""
         with registry.use_path(self._path), torch.enable_grad():
             forward = clock(self.forward)
             y = self._read()
             backward = clock(lambda: self._reading.backward(self._xs, y))
-            self.seconds.append((forward, backward, clock(self.both)))
+            return forward, backward, clock(self.both)
 
 
 def _timed(
@@ -239,13 +238,14 @@ def _timed(
         ways[way] = Way(way, {}, error=error, reason=reason)
         if not reason:
             timed[way] = contender
-    rounds = _take_turns(list(timed.values()), seconds, clock)
-    for way, contender in timed.items():
-        times = zip(PHASES, map(_times, zip(*contender.seconds, strict=True)), strict=True)
+    timers = [partial(contender.turn, clock) for contender in timed.values()]
+    rounds = turns.take(timers, warm_up=WARM_UP, least=LEAST_ROUNDS, seconds=seconds)
+    columns = {way: list(zip(*said, strict=True)) for way, said in zip(timed, rounds, strict=True)}
+    for way, phases in columns.items():
         gain = None
-        if way != "composed" and "composed" in timed:
-            pairs = zip(timed["composed"].seconds, contender.seconds, strict=True)
-            gain = statistics.median(theirs[2] / mine[2] for theirs, mine in pairs)
+        if way != "composed" and "composed" in columns:
+            gain = turns.ratio(columns["composed"][-1], phases[-1])
+        times = zip(PHASES, map(_times, phases), strict=True)
         ways[way] = Way(way, dict(times), gain, ways[way].error)
     chain, x, _ = rule.question(links, *xs)
     dtype = str(x.dtype).removeprefix("torch.")
@@ -254,24 +254,10 @@ def _timed(
         chain,
         tuple(x.shape),
         dtype,
-        configs.device_name(x.device),
-        rounds,
+        "cpu" if x.device.type == "cpu" else configs.device_name(x.device),
+        len(rounds[0]) if rounds else 0,
         tuple(ways.values()),
     )
-
-
-def _take_turns(contenders: Sequence[_Contender], seconds: float, clock: Clock) -> int:
-    """Rounds in which each is timed once, forwards and backwards, and how many there were."""
-    for contender in contenders:
-        for _ in range(WARM_UP):
-            contender.round(clock)
-        contender.seconds.clear()
-    rounds, end = 0, time.perf_counter() + seconds
-    while contenders and (rounds < LEAST_ROUNDS or time.perf_counter() < end):
-        for contender in contenders if rounds % 2 == 0 else reversed(contenders):
-            contender.round(clock)
-        rounds += 1
-    return rounds
 
 
 def _times(seconds: Sequence[float]) -> Times:

@@ -5,11 +5,13 @@ What no row speaks for is left to the heuristics beside the kernels.
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ Config = TypeVar("Config")
 
 
 def lookup(chain: str, x: Tensor, n: int) -> Choice | None:
-    """What is measured fastest for a chain on x's device, in the compute dtype of x and at size n.
+    """What is measured fastest for a chain on x's device, in its dtype and at size n.
 
     n is what the chain's cost grows with: that of n × n, k of n × k. The answer is remembered;
     asking costs less than a microsecond.
@@ -52,8 +54,23 @@ def batch(n: int, numel: int) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What rows call a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What rows call a device: a GPU by its name, a CPU by its model and torch's threads on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{processor()}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+@cache
+def processor() -> str:
+    """The model of the CPU, or its architecture where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def reload() -> None:
@@ -82,9 +99,8 @@ _trial: dict[Key, tables.Row] | None = None
 def _lookup(
     device: torch.device, dtype: torch.dtype, chain: str, n: int, numel: int
 ) -> Choice | None:
-    compute = torch.promote_types(dtype, torch.float32)
     size = tables.bucket(n), tables.bucket(batch(n, numel))
-    row = table().get((device_name(device), compute, chain, *size))
+    row = table().get((device_name(device), dtype, chain, *size))
     return Choice(row["path"], row["config"]) if row else None
 
 

@@ -86,12 +86,9 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
         raise Unavailable(f"info needs rich ({error}); pip install 'tritonparam[demo]'") from None
     from tritonparam.kernels import aot
 
-    tasks = []
-    for target in dict.fromkeys(targets or present() or aot.TARGETS):
-        try:
-            tasks += [(target, index) for index in range(len(aot.shipped(target)))]
-        except ValueError:
-            raise BadOption(f"--target must be like sm_90 or gfx942, got {target!r}.") from None
+    names = list(dict.fromkeys(targets or present() or aot.TARGETS))
+    require_targets(names)
+    tasks = [(target, i) for target in names for i in range(len(aot.shipped(target)))]
     with processes() as pool:
         found = pool.map(_compile, *zip(*tasks, strict=True))
         screen = Console(stderr=True)
@@ -106,6 +103,17 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
         if isinstance(row, str):
             raise Unavailable(row)
     return [row for row in rows if not isinstance(row, str)]
+
+
+def require_targets(names: Iterable[str]) -> None:
+    """Raise BadOption where one is not a GPU that is compiled for, before anything is."""
+    from tritonparam.kernels import aot
+
+    for name in names:
+        try:
+            aot.require_target(name)
+        except ValueError as error:
+            raise BadOption(f"--{str(error).removeprefix('aot: ')}.") from None
 
 
 def compilers() -> Executor:

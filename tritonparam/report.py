@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tritonparam import info, registry, tables, tuner
+from tritonparam import info, registry, tables, trials, tuner
 from tritonparam.explain import Explanation, Row, explain
 from tritonparam.fuse import fuse
 from tritonparam.tuner import Tuning
@@ -146,6 +146,9 @@ def tunings(
             tasks = [
                 (c, n, number, gpu) for gpu in gpus or ("sm_90",) for c in chains for n in sizes
             ]
+            info.require_targets(gpus)
+            for task in tasks:
+                trials.Problem(*task)  # or refused before the first is compiled
             return [tuner.static(*task) for task in track(tasks)]
         if ship:
             tables.require_writable(tables.SHIPPED)

@@ -137,7 +137,7 @@ def cache() -> Finding:
         rows = tables.read(file).values()
     if caught:
         return FAILED, f"{caught[0].message} Delete the file, and run `tune` again"
-    here = configs.device_name(torch.device(place()))
-    foreign = sorted({row["device"] for row in rows} - {here, "cpu"})
+    here = {configs.device_name(torch.device(kind)) for kind in ("cpu", place())}
+    foreign = sorted({row["device"] for row in rows} - here)
     text = f"{len(rows)} rows in {file}"
     return OK, text + (f"; those of {', '.join(foreign)} wait for that device" if foreign else "")

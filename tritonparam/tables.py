@@ -1,7 +1,7 @@
 """The tables of measured paths and launch configurations: their format, reading and storing.
 
 There are two: the shipped ``tuned_configs.json``, and the user's own, which ``tune`` writes and
-which has the last word. A table has a row for each device, compute dtype, chain, size and batch::
+which has the last word. A table has a row for each device, dtype, chain, size and batch::
 
     {"format": 1, "rows": [
       {"device": "NVIDIA H100 80GB HBM3", "dtype": "float32", "chain": "cayley", "n": 64,
@@ -9,22 +9,27 @@ which has the last word. A table has a row for each device, compute dtype, chain
        "config": {"fwd": {"num_warps": 2}, "bwd": {"block_k": 32}}}
     ]}
 
-``device`` is ``torch.cuda.get_device_name()``, or ``cpu``. A row speaks for the sizes in
+``device`` is ``torch.cuda.get_device_name()``, or a CPU's model and threads; ``dtype`` is that of
+the originals. A row speaks for the sizes in
 (2ᵏ⁻¹, 2ᵏ] that its ``n`` lies in, as kernels do with their power-of-two tiles, and likewise for
 batches. ``config`` replaces numbers of the heuristic beside the kernel, by phase; a ``path`` of
 "closed" or "composed" says that the kernel, or everything fused, was measured slower. The user's
-table says too with which versions it was measured, and speaks for those alone.
+table says too with which versions and which source of this package it was measured, and speaks for
+those alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +37,8 @@ import torch
 
 PATHS = ("kernel", "closed", "composed")
 FORMAT = 1
-SHIPPED = Path(__file__).with_name("tuned_configs.json")
+HERE = Path(__file__).parent
+SHIPPED = HERE / "tuned_configs.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ _WANTED = {
     "path": str,
     "config": dict,
 }
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
 def bucket(n: int) -> int:
@@ -71,7 +77,7 @@ def key(row: Row) -> Key:
             raise ValueError(f"{name} must be a JSON {kind.__name__}, got {row}")
     dtype = _DTYPES.get(row["dtype"])
     if dtype is None or row["path"] not in PATHS or min(row["n"], row["batch"]) < 1:
-        raise ValueError(f"no such compute dtype, path or size: {row}")
+        raise ValueError(f"no such dtype, path or size: {row}")
     phases = row["config"].items()
     if any(phase not in ("fwd", "bwd") or type(numbers) is not dict for phase, numbers in phases):
         raise ValueError(f"config must hold objects under fwd and bwd, got {row}")
@@ -109,7 +115,26 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "none"
-    return found
+    return found | {"source": _source()}
+
+
+@cache
+def _source() -> str:
+    """A digest of the files that a weight can be computed by.
+
+    An installation that is edited keeps its version, and what was fastest need not be any longer.
+    """
+    kernels = find_spec("tritonparam.kernels")
+    folders = [
+        HERE,
+        HERE / "ops",
+        *map(Path, (kernels and kernels.submodule_search_locations) or ()),
+    ]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def users_file() -> Path | None:

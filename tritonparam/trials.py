@@ -7,19 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, registry, tables
+from tritonparam import configs, registry, tables, turns
 from tritonparam.info import compilers, first_line
 from tritonparam.reading import Reading
 from tritonparam.rules import KERNELS
 
 Clock = Callable[[Callable[[], object]], float]
 PHASES = ("fwd", "bwd")
-TURNS = 5  # of every trial, one after another; each is the median of as many steps
+STEPS = 5  # of a turn, which is their median
+# Rounds, in which every trial has a turn, and the seconds after which none beyond the least begins.
+LEAST, MOST, SECONDS = 5, 50, 5.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Trial:
         resources: registers and bytes of stack per thread and of shared memory per program, the
             most that a launch of it takes; None where nothing was compiled.
         microseconds: of forward and backward, or None where it was not measured.
+        ratio: of its time to that of what it is compared with, the median over rounds.
         reason: why it was discarded, or the empty string.
     """
 
@@ -39,6 +43,7 @@ class Trial:
     config: dict[str, dict[str, Any]]
     resources: dict[str, int] | None = None
     microseconds: float | None = None
+    ratio: float | None = None
     reason: str = ""
 
 
@@ -81,13 +86,6 @@ class Problem:
 def kernel_file(chain: str, n: int, dtype: torch.dtype) -> str:
     """The file of kernels with configurations to choose from, or the empty string."""
     return KERNELS[chain](n, dtype) if chain in KERNELS else ""
-
-
-def require_target(target: str) -> None:
-    """Raise ValueError where a GPU is not named as what is compiled for."""
-    from tritonparam.kernels import aot
-
-    aot.shipped(target)
 
 
 def candidates(problem: Problem) -> list[Trial]:
@@ -165,36 +163,41 @@ class Weight(Reading):
             return self.wrong()
 
     def timed(self, trials: Sequence[Trial], clock: Clock) -> list[Trial]:
-        """The trials with their median times, taken in turn; a reason where one is wrong."""
+        """The trials with their times, and a reason where one computes something wrong.
+
+        They take turns, and each is compared with the first that is right, round by round: what
+        slows the machine down for a while slows all of a round, and changes no ratio.
+        """
         trials = [t if t.reason else replace(t, reason=self._wrong(t)) for t in trials]
         own = self.copy()
-        seconds: dict[int, list[float]] = {i: [] for i, t in enumerate(trials) if not t.reason}
-        for _ in range(TURNS):
-            for i, found in seconds.items():
-                with self._on(trials[i]):
-                    self.step(own)  # what was remembered for the last trial is made again
-                    found.append(median(clock, lambda: self.step(own)))
-        return [
-            replace(t, microseconds=1e6 * statistics.median(seconds[i])) if i in seconds else t
-            for i, t in enumerate(trials)
-        ]
+
+        def turn(trial: Trial) -> float:
+            with self._on(trial):
+                self.step(own)  # what was remembered for the last trial is made again
+                return median(clock, lambda: self.step(own))
+
+        timers = [partial(turn, trial) for trial in trials if not trial.reason]
+        seconds = turns.take(timers, warm_up=1, least=LEAST, most=MOST, seconds=SECONDS)
+        found = (
+            {"microseconds": 1e6 * statistics.median(mine), "ratio": turns.ratio(mine, seconds[0])}
+            for mine in seconds
+        )
+        return [t if t.reason else replace(t, **next(found)) for t in trials]
 
 
 def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
     """The fastest numbers of both phases together, where each phase has some that gain."""
     best: dict[str, dict[str, Any]] = {}
     for phase in PHASES:
-        some = [
-            t for t in trials if t.path == "kernel" and t.microseconds and {*t.config} <= {phase}
-        ]
+        some = [t for t in trials if t.path == "kernel" and t.ratio and {*t.config} <= {phase}]
         if some:
-            best |= min(some, key=lambda t: cast(float, t.microseconds)).config
+            best |= min(some, key=lambda t: cast(float, t.ratio)).config
     return Trial("kernel", best) if len(best) == len(PHASES) else None
 
 
 def median(clock: Clock, step: Callable[[], object]) -> float:
     """Of some steps, in seconds."""
-    return statistics.median(clock(step) for _ in range(TURNS))
+    return statistics.median(clock(step) for _ in range(STEPS))
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Tuning:
     def __str__(self) -> str:  # noqa: D105
         row = self.row
         title = f"{row['chain']}, {row['batch']} of n = {row['n']}, {row['dtype']}, {row['device']}"
-        cells = [("", "path", "configuration", "registers", "shared bytes", "µs")]
+        cells = [("", "path", "configuration", "registers", "shared bytes", "µs", "ratio")]
         for trial in self.trials:
             chosen = self.floor is not None and (trial.path, trial.config) == (
                 row["path"],
@@ -58,10 +59,11 @@ class Tuning:
                     str(used.get("regs", "")),
                     str(used.get("shared", "")),
                     f"{trial.microseconds:.1f}" if trial.microseconds else "–",
+                    f"{trial.ratio:.2f}" if trial.ratio else "–",
                 )
             )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [title]
+        lines = [textwrap.fill(title, 80, subsequent_indent="  ")]
         for cell, reason in zip(cells, ["", *(t.reason for t in self.trials)], strict=True):
             left = [c.ljust(w) for c, w in zip(cell[:3], widths[:3], strict=True)]
             right = [c.rjust(w) for c, w in zip(cell[3:], widths[3:], strict=True)]
@@ -131,8 +133,9 @@ def tune(
     found = []
     for rule, plist in track(new):
         found.append(_measured(rule, plist, clock or trials.clock_of(originals(plist)[0].device)))
-        tables.store([found[-1].row], file)
-        configs.reload()
+        if found[-1].floor is not None:
+            tables.store([found[-1].row], file)
+            configs.reload()
     return found
 
 
@@ -166,7 +169,7 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
             GPU is not named like one.
     """
     problem = trials.Problem(chain, n, dtype, target)
-    trials.require_target(target)
+    info.require_targets([target])
     row = {"device": target, "dtype": _name(dtype), "chain": chain, "n": n, "batch": 1}
     found = trials.compiled(trials.candidates(problem), problem)
     return Tuning(row | {"path": "kernel", "config": {}}, tuple(found))
@@ -187,8 +190,7 @@ def _row(rule: registry.Rule, plist: ParametrizationList) -> tables.Row:
 
 
 def _name(dtype: torch.dtype) -> str:
-    """Of the compute dtype, as in tables."""
-    return str(torch.promote_types(dtype, torch.float32)).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")
 
 
 def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> Tuning:
@@ -208,14 +210,17 @@ def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> 
         ways.insert(0, Trial("kernel", {}))
     weight = trials.Weight(plist, row, reference=ways[-1].path)
     tried = weight.timed(ways, clock)
+    right = [trial for trial in tried if not trial.reason]
+    if not right:
+        return Tuning(row, tuple(tried))
     if both := trials.best_of_phases(tried):
-        tried += weight.timed([both], clock)
-    seconds = {i: cast(float, t.microseconds) / 1e6 for i, t in enumerate(tried) if t.microseconds}
-    best = min(seconds, key=lambda i: seconds[i])
-    if 0 in seconds and seconds[best] > GAIN * seconds[0]:
-        best = 0
-    row |= {"path": tried[best].path, "config": tried[best].config}
+        again = weight.timed([right[0], both], clock)[1]
+        tried, right = [*tried, again], [*right, *([] if again.reason else [again])]
+    best = min(right, key=lambda trial: cast(float, trial.ratio))
+    if cast(float, best.ratio) > GAIN:
+        best = right[0]
+    row |= {"path": best.path, "config": best.config}
     # Read the original, write the weight; read what comes in and what is saved, write the gradient.
     source, target = torch.empty(2, max(5 * x.numel() // 2, 1), dtype=x.dtype, device=x.device)
     floor = trials.median(clock, lambda: target.copy_(source))
-    return Tuning(row, tuple(tried), floor / seconds[best])
+    return Tuning(row, tuple(tried), 1e6 * floor / cast(float, best.microseconds))
