@@ -21,7 +21,7 @@ from tritonparam.ops.tall_expm import tall_exp, tall_exp_at
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = tp.registry.backend()
+BACKEND = tp.paths.backend()
 EPS = torch.finfo(torch.float32).eps
 
 
