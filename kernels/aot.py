@@ -23,8 +23,9 @@ from tritonparam.kernels import (
     mirror,
     newton_schulz,
     spectral_norm,
-    tall,
     tall_blocks,
+    tall_combine,
+    tall_gram,
     tall_tile,
     taylor,
     weight_norm,
@@ -33,7 +34,7 @@ from tritonparam.kernels import (
 # Every file of kernels that has some of its own.
 MODULES = (
     *(cayley, newton_schulz, expm, expm_gemm, gemm, mirror, spectral_norm, weight_norm),
-    *(expm_scratch, tall, elimination, taylor, tall_blocks, tall_tile),
+    *(expm_scratch, tall_gram, tall_combine, elimination, taylor, tall_blocks, tall_tile),
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory one program may use, CUDA C++ Programming Guide, table of technical

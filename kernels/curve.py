@@ -11,8 +11,11 @@ from torch import Tensor
 
 from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.gemm import product
-from tritonparam.kernels.tall import Config, combine, gram
-from tritonparam.kernels.tall import launches as tall_launches
+from tritonparam.kernels.tall import Config
+from tritonparam.kernels.tall_combine import combine
+from tritonparam.kernels.tall_combine import launches as combine_launches
+from tritonparam.kernels.tall_gram import gram
+from tritonparam.kernels.tall_gram import launches as gram_launches
 
 _BELOW = ("below", "below")
 
@@ -96,5 +99,6 @@ def launches(phase: str, chain: str, k: int, dtype: torch.dtype, config: Config)
     if phase == "bwd":
         forms = [("full", "ntn"), ("sum", "tnt"), ("difference", "tnt")]
     parts = (_BELOW, ("all", "all"))
-    rows = tall_launches(f"{phase}_{k}", dtype, config, *parts)
+    numbers = (f"{phase}_{k}", dtype, config)
+    rows = gram_launches(*numbers, *parts) + combine_launches(*numbers)
     return rows + product_launches(config.small, torch.float64, forms)

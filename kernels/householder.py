@@ -7,9 +7,12 @@ from tritonparam.kernels.elimination import inverse
 from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.gemm import product
 from tritonparam.kernels.launch import compute_dtype
-from tritonparam.kernels.tall import Config, combine, flat, gram
+from tritonparam.kernels.tall import Config, flat
 from tritonparam.kernels.tall import candidates as candidates
-from tritonparam.kernels.tall import launches as tall_launches
+from tritonparam.kernels.tall_combine import combine
+from tritonparam.kernels.tall_combine import launches as combine_launches
+from tritonparam.kernels.tall_gram import gram
+from tritonparam.kernels.tall_gram import launches as gram_launches
 
 Saved = tuple[Tensor, ...]
 
@@ -96,5 +99,6 @@ def launches(phase: str, chain: str, k: int, dtype: torch.dtype, config: Config)
     """What a phase launches with a configuration, as `cayley.launches`."""
     forms = [("full", "tnn")] if phase == "fwd" else [("full", "ntn"), ("symmetric", "tnt")]
     parts = [("unit", "all")] if phase == "bwd" else [("unit", "unit"), ("unit", "all")]
-    rows = tall_launches(f"{phase}_{k}", dtype, config, *parts)
+    numbers = (f"{phase}_{k}", dtype, config)
+    rows = gram_launches(*numbers, *parts) + combine_launches(*numbers)
     return rows + product_launches(config.small, torch.float64, forms)

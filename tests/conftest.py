@@ -46,7 +46,7 @@ def _fresh_state(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(tritonparam.registry, "_aliases", {})
     monkeypatch.setattr(tritonparam.declared, "_added", ())
-    monkeypatch.setattr(tritonparam.registry, "_override", None)
+    monkeypatch.setattr(tritonparam.paths, "_override", None)
     tritonparam.stats(reset=True)
 
 

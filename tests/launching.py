@@ -28,8 +28,9 @@ from tritonparam.kernels import (
     power_iteration,
     slices,
     spectral_norm,
-    tall,
     tall_blocks,
+    tall_combine,
+    tall_gram,
     tall_tile,
     taylor,
     weight_norm,
@@ -138,7 +139,7 @@ def main() -> None:
         return p.is_constexpr
 
     square = (cayley, expm, expm_gemm, expm_scratch, gemm, mirror, newton_schulz)
-    of_tall = (tall, elimination, taylor, tall_blocks, tall_tile)
+    of_tall = (tall_gram, tall_combine, elimination, taylor, tall_blocks, tall_tile)
     for file in (*square, *of_tall, slices, power_iteration, spectral_norm, weight_norm):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import bench, registry, samples, trials
+from tritonparam import bench, paths, samples, trials
 
 SECONDS = {"composed": 4e-3, "closed": 1e-3, "kernel": 5e-4}
 PATHS = ["composed", "closed", "kernel"][: 3 if torch.cuda.is_available() else 2]
@@ -23,7 +23,7 @@ class Clock:
 
     def __call__(self, step):
         step()
-        self.turns.append(registry.override())
+        self.turns.append(paths.override())
         return SECONDS[self.turns[-1]]
 
 
@@ -173,7 +173,7 @@ def test_the_model_is_not_changed(clock, monkeypatch):
     assert len(list(bench.run("made", seconds=0))) == 2
     assert all(torch.equal(value.cpu(), before[key]) for key, value in made.state_dict().items())
     assert all(p.grad is None for p in made.parameters())
-    assert registry.override() is None
+    assert paths.override() is None
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,12 @@ def test_launch_replaces_what_the_row_names(write):
 def test_the_table_gives_way_to_use_path_and_to_compilers(write, monkeypatch):
     write(CLOSED)
     x = torch.zeros(2, 2)
-    assert tp.registry.measured("skew_exp", x, 64) == "closed"
-    assert tp.registry.measured("cayley", x, 64) == ""
+    assert tp.paths.measured("skew_exp", x, 64) == "closed"
+    assert tp.paths.measured("cayley", x, 64) == ""
     with tp.use_path("kernel"):
-        assert tp.registry.measured("skew_exp", x, 64) == ""
+        assert tp.paths.measured("skew_exp", x, 64) == ""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert tp.registry.measured("skew_exp", x, 64) == ""
+    assert tp.paths.measured("skew_exp", x, 64) == ""
 
 
 MALFORMED = {
@@ -215,7 +215,7 @@ def test_a_chain_takes_the_path_of_the_table(write, monkeypatch, chain, link):
     compiled = torch.compile(lambda: layer.weight, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(), layer.weight, atol=1e-6)
 
-    monkeypatch.setattr(tp.registry, "device_declines", lambda x: "")
+    monkeypatch.setattr(tp.paths, "device_declines", lambda x: "")
     write(row | {"path": "closed"})
     tp.stats(reset=True)
     layer.weight

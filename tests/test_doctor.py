@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import configs, doctor, info, registry, samples, surroundings, tables
+from tritonparam import configs, doctor, info, paths, samples, surroundings, tables
 from tritonparam.surroundings import FAILED, OK, SKIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -63,10 +63,10 @@ def test_nothing_is_wrong_here(few, no_kernels):
 
 
 def test_what_it_does_leaves_no_trace():
-    random, path = torch.get_rng_state(), tp.registry.override()
+    random, path = torch.get_rng_state(), tp.paths.override()
     assert doctor.training_step()[0] == OK
     assert torch.equal(torch.get_rng_state(), random)
-    assert tp.registry.override() == path
+    assert tp.paths.override() == path
 
 
 @pytest.mark.parametrize("name", samples.NAMES)
@@ -123,7 +123,7 @@ def test_a_triton_that_cannot_be_imported_is_one_failure(monkeypatch):
     def kernels(name=""):
         raise ImportError("undefined symbol")
 
-    monkeypatch.setattr(registry, "kernels", kernels)
+    monkeypatch.setattr(paths, "kernels", kernels)
     status, text = doctor.triton()
     assert status == FAILED
     assert "cannot be imported (ImportError: undefined symbol)" in text
@@ -152,7 +152,7 @@ def test_the_path_in_the_environment(monkeypatch):
     monkeypatch.setenv("TRITONPARAM_PATH", "composed")
     assert "fusing is off until it is unset" in surroundings.environment()[1]
     monkeypatch.setenv("TRITONPARAM_PATH", "kernel")
-    monkeypatch.setattr(tp.registry, "_HAS_TRITON", False)
+    monkeypatch.setattr(tp.paths, "_HAS_TRITON", False)
     status, text = surroundings.environment()
     assert status == FAILED
     assert "no kernel can run here" in text
@@ -261,7 +261,7 @@ def test_without_triton_and_with_a_broken_one(monkeypatch):
     def broken(name=""):
         raise ImportError("libtriton.so: undefined symbol")
 
-    monkeypatch.setattr(tp.registry, "kernels", broken)
+    monkeypatch.setattr(tp.paths, "kernels", broken)
     status, text = doctor.triton()
     assert status == FAILED
     assert "cannot be imported (ImportError: libtriton.so: undefined symbol)" in text
@@ -270,7 +270,7 @@ def test_without_triton_and_with_a_broken_one(monkeypatch):
 
 def test_a_compiler_that_fails(monkeypatch):
     aot = pytest.importorskip("tritonparam.kernels.aot")
-    monkeypatch.setattr(tp.registry.kernels(), "INTERPRETED", False)
+    monkeypatch.setattr(tp.paths.kernels(), "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def fails(*_):

@@ -195,7 +195,7 @@ def test_launches_are_those_of_the_launchers(name, monkeypatch):
 def test_a_path_that_is_set(monkeypatch):
     layer = chain(randn(3, 3), tp.Skew(), tp.CayleyMap())
     for path in ("closed", "composed"):
-        monkeypatch.setattr(tp.registry, "_override", path)  # as TRITONPARAM_PATH does
+        monkeypatch.setattr(tp.paths, "_override", path)  # as TRITONPARAM_PATH does
         row = tp.explain(layer)[0]
         assert (row.path, row.launches) == (path, None)
         tp.stats(reset=True)

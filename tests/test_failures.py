@@ -16,7 +16,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources, PTXASError
 
 import tritonparam as tp
-from tritonparam import failures, kernels, registry
+from tritonparam import failures, kernels, paths
 
 RESOURCES = OutOfResources(300_000, 232_448, "shared memory")
 # The chain, its layer, and the kernels of its passes.
@@ -87,7 +87,7 @@ class Failing:
 @pytest.fixture(autouse=True)
 def _kernels_are_tried(monkeypatch):
     """As on a GPU, without asking for a path; in the interpreter on the CPU."""
-    monkeypatch.setattr(registry, "device_declines", lambda x: "")
+    monkeypatch.setattr(paths, "device_declines", lambda x: "")
     monkeypatch.setattr(failures, "_causes", {})
     monkeypatch.setattr(failures, "_warned", set())
 
@@ -108,7 +108,7 @@ def step(layer: nn.Module) -> list[torch.Tensor]:
 
 
 for _file in {files[0] for _, files in CHAINS.values()}:
-    registry.kernels(_file)
+    paths.kernels(_file)
 
 
 @pytest.mark.parametrize("phase", [0, 1], ids=["forward", "backward"])

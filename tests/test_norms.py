@@ -169,7 +169,7 @@ def test_every_evaluation_is_counted_once():
 
 
 def test_no_kernel_is_refused_before_the_buffers_move(monkeypatch):
-    monkeypatch.setattr(tp.registry, "_HAS_TRITON", False)
+    monkeypatch.setattr(tp.paths, "_HAS_TRITON", False)
     w = torch.randn(4, 3)
     link = spectral_link(w)
     before = link._u.clone()

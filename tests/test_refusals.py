@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations as theirs
 from torch.nn.utils.parametrize import ParametrizationList
 
 import tritonparam as tp
-from tritonparam import declared, info, logm, ops, registry, report, rules, trials
+from tritonparam import declared, info, logm, ops, paths, registry, report, rules, trials
 from tritonparam.reading import too_far
 
 EYE = torch.eye(2, dtype=torch.float64)
@@ -231,7 +231,7 @@ def test_what_kernels_do_not_take(device):
         assert spectral(w[:0], u[:0], v) == "the original is empty"
         assert spectral(u) == "the original is a vector"
         assert ops.weight_norm.kernel_declines(g[:0], w[:0]) == "the original is empty"
-        assert registry.no_kernel(w) == "this chain has no kernel yet"
+        assert paths.no_kernel(w) == "this chain has no kernel yet"
         with pytest.raises(RuntimeError, match="cannot run because this chain has no kernel yet"):
             tp.functional.matrix_exp(torch.eye(3, device=device))
 

@@ -189,7 +189,7 @@ def test_a_kernel_that_does_not_compile_leaves_the_step_to_torch(monkeypatch):
     with tp.use_path("closed"):
         expected = step(alone)
     monkeypatch.setattr(kernels, "vectors_kernel", Failing())
-    monkeypatch.setattr(tp.registry, "device_declines", lambda x: "")
+    monkeypatch.setattr(tp.paths, "device_declines", lambda x: "")
     monkeypatch.setattr(tp.failures, "_causes", {})
     monkeypatch.setattr(tp.failures, "_warned", set())
     with pytest.warns(UserWarning, match="spectral_norm: Triton cannot compile"):

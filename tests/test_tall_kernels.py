@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 import tritonparam as tp
 from tests.cases import error, through
 from tritonparam import polynomials
-from tritonparam.kernels import elimination, tall, taylor
+from tritonparam.kernels import elimination, tall, tall_combine, tall_gram, taylor
 from tritonparam.ops.householder import householder, householder_at
 from tritonparam.ops.tall_cayley import tall_cayley, tall_cayley_at
 from tritonparam.ops.tall_expm import tall_exp, tall_exp_at
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKEND = tp.registry.backend()
+BACKEND = tp.paths.backend()
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -228,7 +228,7 @@ def test_sums_over_rows(parts):
     n, k = 150, 5  # three programs
     x, y = torch.randn(2, 1, n, k, device=DEVICE)
     numbers = tall.config(k, x.dtype, BACKEND)
-    found = tall.gram((x, y), (y, x), numbers, parts=parts)
+    found = tall_gram.gram((x, y), (y, x), numbers, parts=parts)
     left, right = (PARTS[part] for part in parts)
     for i, a in enumerate((x, y)):
         for j, b in enumerate((y, x)):
@@ -242,7 +242,7 @@ def test_products_with_small_matrices():
     u, v, w, top = torch.randn(4, 2, k, k, dtype=torch.float64, device=DEVICE)
     signs = torch.randn(2, k, device=DEVICE).sign().double()
     numbers = tall.config(k, x.dtype, BACKEND)
-    found = tall.combine(
+    found = tall_combine.combine(
         *((x, u), (y, v.mT), (z, w)),
         **{"parts": ("unit", "below"), "scale": 0.3, "c": c, "top": top.mT, "alpha": 0.7},
         **{"gamma": -1.0, "signs": signs, "dtype": torch.float64, "config": numbers},
@@ -252,7 +252,7 @@ def test_products_with_small_matrices():
     want[:, :k] += 0.7 * top.mT - torch.eye(k, dtype=torch.float64, device=DEVICE)
     want[:, :k] *= signs.unsqueeze(-1)
     assert error(found, want) <= 4 * k * 2.0**-52
-    lower = tall.combine((x, u), dtype=torch.float32, config=numbers, lower=True)
+    lower = tall_combine.combine((x, u), dtype=torch.float32, config=numbers, lower=True)
     assert error(lower, (x @ u).tril(-1)) <= EPS
 
 

@@ -49,7 +49,7 @@ def launches(monkeypatch):
 
     def start(kind: str) -> dict[str, int]:
         file, name = KINDS[kind][1]
-        kernels = tp.registry.kernels(file)
+        kernels = tp.paths.kernels(file)
         counts = {"fwd": 0, "bwd": 0}
         for phase in counts:
             launcher = getattr(kernels, f"{name}_{phase}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import configs, registry, samples, tables, trials, tuner
+from tritonparam import configs, paths, samples, tables, trials, tuner
 from tritonparam.trials import Trial
 
 
@@ -31,7 +31,7 @@ def clock(**seconds):
 
     def measure(step):
         step()
-        return seconds.get(registry.override(), 1e-6)
+        return seconds.get(paths.override(), 1e-6)
 
     return measure
 
@@ -79,9 +79,9 @@ def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
 
     def slower(step):
         step()
-        if registry.override() not in ("closed", "composed"):
+        if paths.override() not in ("closed", "composed"):
             return 1e-6  # a copy, for the floor
-        turns.append(registry.override())
+        turns.append(paths.override())
         seconds = 0.9e-5 if turns[-1] == "composed" else 1e-5
         return seconds if len(turns) <= 2 + 2 * 2 + 1 else 3 * seconds
 
@@ -123,7 +123,7 @@ def test_the_model_is_not_changed(file):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
-    assert registry.override() is None
+    assert paths.override() is None
 
 
 def test_an_interrupted_run_goes_on_where_it_was(file):
@@ -238,13 +238,14 @@ def test_kernels_are_launched_with_what_is_tried(file, monkeypatch):
 
 def test_tall_kernels_are_launched_with_what_is_tried(file, monkeypatch):
     tall = pytest.importorskip("tritonparam.kernels.tall")
+    combine = paths.kernels("curve").combine
     launched = []
 
     def record(*args, config, **numbers):
         launched.append(config)
-        return tall.combine(*args, config=config, **numbers)
+        return combine(*args, config=config, **numbers)
 
-    monkeypatch.setattr(registry.kernels("curve"), "combine", record)
+    monkeypatch.setattr(paths.kernels("curve"), "combine", record)
 
     def measure(step):
         launched.clear()
@@ -261,7 +262,7 @@ def test_tall_kernels_are_launched_with_what_is_tried(file, monkeypatch):
         numbers = ({"num_warps": 4}, {"block_rows": 32})
         return [default, *(c for c in others if c in [replace(default, **x) for x in numbers])]
 
-    monkeypatch.setattr(registry.kernels("tall_cayley"), "candidates", some)
+    monkeypatch.setattr(paths.kernels("tall_cayley"), "candidates", some)
     monkeypatch.setattr(trials, "compiled", lambda found, problem: found)
     layer = tp.orthogonal(torch.nn.Linear(2, 5), "weight", "cayley", use_trivialization=False)
     layer = layer.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,11 +27,11 @@ from tritonparam.parametrizations import spd as spd
 from tritonparam.parametrizations import spectral_norm as spectral_norm
 from tritonparam.parametrizations import symmetric as symmetric
 from tritonparam.parametrizations import weight_norm as weight_norm
+from tritonparam.paths import stats as stats
+from tritonparam.paths import use_path as use_path
 from tritonparam.preimage import NoPreimage as NoPreimage
 from tritonparam.register import register_parametrization as register_parametrization
 from tritonparam.register import remove_parametrizations as remove_parametrizations
 from tritonparam.registry import alias as alias
-from tritonparam.registry import stats as stats
-from tritonparam.registry import use_path as use_path
 from tritonparam.rnn import orthogonal_gates as orthogonal_gates
 from tritonparam.tuner import tune as tune

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, info, registry, samples, trials, tuner, turns
+from tritonparam import configs, info, paths, registry, samples, trials, tuner, turns
 from tritonparam.fuse import fuse, originals, parametrized_tensors
 from tritonparam.reading import Reading, too_far
 from tritonparam.report import BadOption, build, floating, where
@@ -193,7 +193,7 @@ class _Contender:
     def checked(self) -> tuple[float | None, str]:
         """The largest error of the first step, or why it is not timed."""
         try:
-            with registry.use_path(self._path), torch.enable_grad(), torch.random.fork_rng():
+            with paths.use_path(self._path), torch.enable_grad(), torch.random.fork_rng():
                 errors = self._reading.compared(self.both())
         except Exception as error:  # of a path, or a compiler, that does not take this weight
             return None, info.first_line(error)
@@ -202,7 +202,7 @@ class _Contender:
 
     def turn(self, clock: Clock) -> tuple[float, float, float]:
         """The seconds of forward, backward and both."""
-        with registry.use_path(self._path), torch.enable_grad():
+        with paths.use_path(self._path), torch.enable_grad():
             forward = clock(self.forward)
             y = self._read()
             backward = clock(lambda: self._reading.backward(self._xs, y))
@@ -221,9 +221,9 @@ def _timed(
     large = max(xs[-1].shape, default=0) > tuner.LARGEST_COMPOSED and rule.name not in samples.LAYER
     reading = Reading(plist, "closed" if large else "composed")
     names = ["composed", *(["compiled"] if compiled else []), "closed"]
-    with registry.use_path("kernel"):
+    with paths.use_path("kernel"):
         kernel_declines = rule.kernel_declines(links, *xs)
-    if not (kernel_declines or registry.device_declines(xs[-1])):
+    if not (kernel_declines or paths.device_declines(xs[-1])):
         names.append("kernel")
     ways: dict[str, Way] = {}
     timed: dict[str, _Contender] = {}

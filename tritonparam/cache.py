@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tritonparam import registry
+from tritonparam import paths
 
 
 class _Read(NamedTuple):
@@ -188,7 +188,7 @@ def _read_checked(plist: Any, evaluate: Callable[[], Tensor]) -> Tensor:
 def _key(plist: nn.Module) -> Hashable:
     """All that can change the value of a list, or what autograd makes of it."""
     modes = (
-        registry.override(),
+        paths.override(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.cuda.is_initialized() and torch.cuda.current_stream().cuda_stream,

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tritonparam import interop, registry
+from tritonparam import interop, paths, registry
 from tritonparam.registry import Rule
 from tritonparam.rules import RULES
 
@@ -109,9 +109,9 @@ def _require_callable(name: str, function: Callable) -> Callable:
 
 
 def _counted(op: Callable[..., Tensor], links: Sequence[nn.Module], *xs: Tensor) -> Tensor:
-    path = registry.path(_no_kernel(links, *xs))
+    path = paths.path(_no_kernel(links, *xs))
     if not torch.compiler.is_compiling():
-        registry.count(path)
+        paths.count(path)
     return op(links, *xs)
 
 
@@ -131,7 +131,7 @@ def check(links: Sequence[nn.Module], originals: Sequence[Tensor]) -> None:
 
     Raises ValueError where they differ.
     """
-    with registry.use_path("closed"):
+    with paths.use_path("closed"):
         claims = [
             _claim(rule, taken)
             for rule, taken, _ in registry.plan(table(), links, originals)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tritonparam import info, registry, samples, surroundings, tuner
+from tritonparam import info, paths, registry, samples, surroundings, tuner
 from tritonparam.fuse import originals, parametrized_tensors
 from tritonparam.reading import Reading
 from tritonparam.surroundings import FAILED, OK, SKIPPED, Finding, place
@@ -93,7 +93,7 @@ def triton() -> Finding:
     if spec is None:
         return SKIPPED, f"triton is not installed: {remain}"
     try:
-        interpreted = registry.kernels().INTERPRETED
+        interpreted = paths.kernels().INTERPRETED
     except Exception as error:  # of an installation that is broken in whatever way
         return FAILED, (
             f"triton, from {spec.origin}, cannot be imported ({info.first_line(error)}): if that "
@@ -145,10 +145,10 @@ def _reading(module: nn.Module) -> Reading:
 def _kernel_declines(module: nn.Module) -> str:
     ((_, _, plist),) = parametrized_tensors(module)
     try:
-        registry.kernels()
+        paths.kernels()
     except Exception as error:  # the check of triton says what to do
         return info.first_line(error)
-    with registry.use_path("kernel"):
+    with paths.use_path("kernel"):
         rule = tuner.rule_of(plist)
         if rule is None:
             return registry.NO_RULE
@@ -159,7 +159,7 @@ def _compared(name: str, path: str) -> tuple[str, float]:
     """How a chain misbehaves on a path, or the empty string, and its largest error."""
     reading = _reading(_sample(name))
     try:
-        with registry.use_path(path):
+        with paths.use_path(path):
             errors = reading.errors()
     except Exception as error:
         return info.first_line(error), math.nan
@@ -173,22 +173,22 @@ def _compared(name: str, path: str) -> tuple[str, float]:
 
 def training_step() -> Finding:
     """Steps of a fused model change its parameters as those of the composed one do in fp64."""
-    if path := registry.override():
+    if path := paths.override():
         return SKIPPED, f"the path is set to {path}"
     x = torch.linspace(-1, 1, 48, device=place()).view(6, 8)
-    before = registry.stats()
+    before = paths.stats()
     fused = _trained(_Layers(), x)
-    taken = {path: n - before[path] for path, n in registry.stats().items() if n > before[path]}
-    with registry.use_path("composed"):
+    taken = {path: n - before[path] for path, n in paths.stats().items() if n > before[path]}
+    with paths.use_path("composed"):
         composed = _trained(_Layers().double(), x.double())
     apart = [(p.double() - q).abs().max() for p, q in zip(fused, composed, strict=True)]
     off = float(torch.stack(apart).max())
     if not off <= TOLERANCE:
         return FAILED, f"after three steps parameters are off by {off:.0e}; {REPORT}"
-    paths = " and ".join(taken)
+    on = " and ".join(taken)
     if "composed" in taken:
         return OK, f"three steps, off by {off:.0e}; some weights were composed, as `tune` measured"
-    return OK, f"three steps on the path {paths}, parameters off by {off:.0e}"
+    return OK, f"three steps on the path {on}, parameters off by {off:.0e}"
 
 
 class _Layers(nn.Module):

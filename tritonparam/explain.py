@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import constraints, legacy, registry
+from tritonparam import constraints, legacy, paths
 from tritonparam.fuse import (
     FusedParametrizationList,
     decline_reason,
@@ -170,7 +170,7 @@ def _fused_path(
             continue
         xs = tensors if i == 0 else (largest,)
         declined = rule.kernel_declines(links, *xs)
-        if registry.override() == "closed":
+        if paths.override() == "closed":
             declined = declined or "the path is set to closed"
         if declined:
             closed.append(declined)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from tritonparam import cache, declared, interop, once, registry
+from tritonparam import cache, declared, interop, once, paths, registry
 from tritonparam.injected import share_class
 from tritonparam.legacy import hooks as legacy_hooks
 from tritonparam.legacy import parametrize as parametrize_legacy
@@ -57,7 +57,7 @@ class FusedParametrizationList(ParametrizationList):
             return kind.rule.together(chains)
         except Exception as error:
             xs = chains[0][1]
-            registry.fall_back(error, kind.rule.name, xs[-1], kind.rule.size(*xs))
+            paths.fall_back(error, kind.rule.name, xs[-1], kind.rule.size(*xs))
             return [x._evaluate() for x in lists]
 
     def plan(self) -> list[registry.Step]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tritonparam import registry, tables
+from tritonparam import paths, tables
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ def here() -> dict[str, str]:
         "python": platform.python_version(),
         "device": _device(),
         "kernels": _kernels_here(),
-        "path": f"set to {registry.override()}" if registry.override() else "chosen by the rules",
+        "path": f"set to {paths.override()}" if paths.override() else "chosen by the rules",
     }
 
 
@@ -121,7 +121,7 @@ def compilers() -> Executor:
 
     A script without ``if __name__ == "__main__"`` would run again in a fresh process.
     """
-    if registry.kernels().INTERPRETED:
+    if paths.kernels().INTERPRETED:
         return processes()
     return ThreadPoolExecutor(_processors())
 

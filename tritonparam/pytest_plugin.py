@@ -18,7 +18,7 @@ import pytest
 from torch import nn
 from torch.nn.utils import parametrize as torch_parametrize
 
-from tritonparam import registry
+from tritonparam import paths
 from tritonparam.fuse import fuse_list, inject, lists, unfuse_list
 
 _running = ExitStack()
@@ -59,7 +59,7 @@ def fused_registrations() -> Iterator[None]:
 
 
 def _counts() -> dict[str, int]:
-    counts = [registry.stats(), *_of_workers]
+    counts = [paths.stats(), *_of_workers]
     return {path: sum(count[path] for count in counts) for path in counts[0]}
 
 
@@ -73,12 +73,12 @@ def pytest_addoption(parser: Any) -> None:  # noqa: D103
 
 def pytest_configure() -> None:  # noqa: D103
     _running.enter_context(fused_registrations())
-    registry.stats(reset=True)
+    paths.stats(reset=True)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:  # noqa: D103
-    _of_workers.append(getattr(node, "workeroutput", {}).get("tritonparam", registry.stats()))
+    _of_workers.append(getattr(node, "workeroutput", {}).get("tritonparam", paths.stats()))
 
 
 def pytest_sessionfinish(session: Any) -> None:  # noqa: D103

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import registry
+from tritonparam import paths, registry
 from tritonparam.declared import table
 from tritonparam.fuse import originals
 
@@ -24,9 +24,9 @@ class Reading:
 
     def __init__(self, plist: ParametrizationList, reference: str) -> None:
         self._plist, self._g = plist, torch.ones(())
-        with registry.use_path(reference), torch.random.fork_rng():
+        with paths.use_path(reference), torch.random.fork_rng():
             self._g = torch.randn_like(self.result(torch.float64)[0])
-        with registry.use_path(reference):
+        with paths.use_path(reference):
             self._expected = self.result(torch.float64)
 
     def copy(self, dtype: torch.dtype | None = None) -> ParametrizationList:

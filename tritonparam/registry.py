@@ -1,48 +1,29 @@
-"""Which path a chain takes, and why: rules, the guard, the path override, aliases, statistics."""
+"""Which rule takes a chain, and why none does: the guard, and links declared to equal ours."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from tritonparam import configs, failures
-from tritonparam.tables import PATHS
+from tritonparam import configs, paths
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (nn.Parameter, Tensor)
 
 NO_RULE = "no rule for this chain"
-_ON_CPU = "the original is on the cpu"  # the device's own string takes longer than the rest
 
-_HAS_TRITON = find_spec("triton") is not None
 # Found once: they are asked at every read.
 transforms_active = torch._C._are_functorch_transforms_active
 _mode = torch._C._get_dispatch_mode
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
-_counts = dict.fromkeys(PATHS, 0)
-
-
-def _check_path(who: str, path: str | None) -> str | None:
-    if path is not None and path not in PATHS:
-        raise ValueError(f"{who}: the path must be one of {', '.join(PATHS)}, got {path!r}.")
-    return path
-
-
-# A plain global: a ContextVar does not trace under torch.compile(fullgraph=True).
-_override = _check_path("TRITONPARAM_PATH", os.environ.get("TRITONPARAM_PATH") or None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +91,7 @@ def lookup(
     It looks at the tensors and links in hand and remembers nothing, so that a model may be moved,
     hooked or extended after it was fused.
     """
-    if _override == "composed":
+    if paths.override() == "composed":
         return None, len(links), "the path is set to composed"
     kinds: tuple[type, ...] = tuple(map(type, links))
     if _aliases:
@@ -122,7 +103,7 @@ def lookup(
             taken = links[:n]
             declined = links_decline(taken) or _tensors_decline(xs) or rule.declines(taken, *xs)
             if not declined:
-                if _asks() and configs.fastest(*rule.question(taken, *xs)) == "composed":
+                if paths.asks() and configs.fastest(*rule.question(taken, *xs)) == "composed":
                     why = "torch's own chain was measured faster at this size on this device"
                     return None, n, why
                 return rule, n, ""
@@ -142,14 +123,14 @@ def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> 
                 xs = (link(*xs),)
         i += n
     if not fused and not torch.compiler.is_compiling():
-        count("composed")
+        paths.count("composed")
     return xs[0]
 
 
 def kind(rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]) -> Kind | None:
     """The kind of a chain of which kernels evaluate several at once, or None."""
     rule, n, _ = lookup(rules, links, xs)
-    if rule is None or n < len(links) or _override == "closed":
+    if rule is None or n < len(links) or paths.override() == "closed":
         return None
     alike = rule.alike(links, *xs)
     if alike is None or rule.kernel_declines(links, *xs):
@@ -209,85 +190,6 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
     return ""
 
 
-def measured(chain: str, x: Tensor, n: int) -> str:
-    """The path that ``tuned_configs.json`` says is fastest, or the empty string.
-
-    It is empty as well where ``use_path`` asks for a path, and in a graph that is being compiled,
-    since the table is measured in eager mode.
-    """
-    return configs.fastest(chain, x, n) if _asks() else ""
-
-
-def _asks() -> bool:
-    """Whether the table of measured paths is asked, and has rows at all."""
-    return _override is None and not torch.compiler.is_compiling() and bool(configs.table())
-
-
-def kernel_declines(chain: str, x: Tensor, n: int) -> str:
-    """Why no Triton kernel of a chain runs on x, whatever its shape, or the empty string."""
-    if declined := device_declines(x):
-        return declined
-    if measured(chain, x, n) == "closed":
-        return f"the closed form was measured faster at n = {n} on this device"
-    if cause := failures.cause(chain, x, n):
-        return f"Triton cannot compile its kernel here ({cause})"
-    return ""
-
-
-def fall_back(error: Exception, chain: str, x: Tensor, n: int) -> None:
-    """Go on with the closed form after an error of a kernel, with a warning once for the chain.
-
-    Only where Triton's compiler is what failed, and not under ``use_path("kernel")``: else the
-    error is raised again. From then on ``kernel_declines`` answers for the same arguments.
-    """
-    if _override == "kernel" or not kernels().cannot_compile(error):
-        raise error
-    failures.remember(chain, x, n, error)
-
-
-def device_declines(x: Tensor) -> str:
-    """Why no Triton kernel can run on x's device, or the empty string."""
-    if not _HAS_TRITON:
-        return "triton is not installed"
-    if not x.is_cuda and not (_override == "kernel" and _interpreted()):
-        return _ON_CPU if x.is_cpu else f"the original is on the {x.device.type}"
-    return ""
-
-
-def no_kernel(x: Tensor, *more: Tensor) -> str:
-    """Why no Triton kernel takes a chain that has none, wherever its tensors are."""
-    return device_declines(x) or "this chain has no kernel yet"
-
-
-@lru_cache
-def kernels(name: str = "") -> Any:
-    """A file of ``tritonparam.kernels``, or the package, imported when it is first needed."""
-    return import_module(f"tritonparam.kernels.{name}".rstrip("."))
-
-
-def _interpreted() -> bool:
-    return kernels().INTERPRETED
-
-
-@lru_cache
-def backend() -> str:
-    """What configurations are for: "cuda", "hip", or "interpreter"."""
-    return "interpreter" if _interpreted() else "hip" if torch.version.hip else "cuda"
-
-
-def path(declined: str) -> str:
-    """``"kernel"`` or ``"closed"``, given why the kernel declines; the override has the last word.
-
-    Raises RuntimeError under ``use_path("kernel")`` where the kernel cannot run.
-    """
-    if _override == "kernel" and declined:
-        raise RuntimeError(
-            f'use_path("kernel"): the kernel cannot run because {declined}; '
-            'use_path("closed") is the fused path there.'
-        )
-    return "closed" if declined or _override == "closed" else "kernel"
-
-
 def alias(link: type[nn.Module], meaning: type[nn.Module]) -> None:
     """Declare that a link class of yours computes the same as one of ours.
 
@@ -324,56 +226,3 @@ def has_alias(links: Sequence[nn.Module]) -> bool:
 def meaning(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that links of a class count as: itself, or the one it was declared to equal."""
     return _aliases.get(cls, cls)
-
-
-@contextmanager
-def use_path(path: str) -> Iterator[None]:
-    """Evaluate every fused weight that is read inside the block on one path.
-
-    For debugging and benchmarks; the override is global to the process.
-
-    Arguments:
-        path: ``"kernel"`` (an error where the kernel cannot run), ``"closed"`` or ``"composed"``.
-
-    Raises:
-        ValueError: there is no such path.
-
-    >>> from tritonparam import Skew
-    >>> with use_path("composed"):
-    ...     pass
-    """
-    global _override
-    before, _override = _override, _check_path("use_path", path)
-    try:
-        yield
-    finally:
-        _override = before
-
-
-def override() -> str | None:
-    """The path that every fused chain is set to, or None."""
-    return _override
-
-
-def count(path: str) -> None:
-    """Count one evaluation on a path."""
-    _counts[path] += 1
-
-
-def stats(*, reset: bool = False) -> dict[str, int]:
-    """How often a fused parametrization list was evaluated on each path, so far in this process.
-
-    Arguments:
-        reset: set the counts to zero after reading them.
-
-    Returns:
-        ``{"kernel": int, "closed": int, "composed": int}``. Composed evaluations inside a
-        compiled graph, and replays of a CUDA graph, are not seen.
-
-    >>> sorted(stats())
-    ['closed', 'composed', 'kernel']
-    """
-    counts = dict(_counts)
-    if reset:
-        _counts.update(dict.fromkeys(PATHS, 0))
-    return counts

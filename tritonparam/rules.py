@@ -23,7 +23,8 @@ from tritonparam.ops import (
     weight_norm,
 )
 from tritonparam.orthogonal import Orthogonal, OrthogonalGates, tall
-from tritonparam.registry import Rule, no_kernel
+from tritonparam.paths import no_kernel
+from tritonparam.registry import Rule
 from tritonparam.stepped import SteppedSpectralNorm
 
 _NO_SIGNS = object()  # an alias has none

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-from tritonparam import configs, info, registry, tables
+from tritonparam import configs, info, paths, tables
 
 Finding = tuple[str, str]
 OK, SKIPPED, FAILED = STATUSES = ("ok", "skipped", "failed")
@@ -91,7 +91,7 @@ def environment() -> Finding:
     """No variable makes the package do something else than a user expects."""
     said = []
     if path := os.environ.get("TRITONPARAM_PATH"):
-        if path == "kernel" and registry.device_declines(torch.empty(0, device=place())):
+        if path == "kernel" and paths.device_declines(torch.empty(0, device=place())):
             return FAILED, (
                 "TRITONPARAM_PATH=kernel, and no kernel can run here, so that reading a fused "
                 "weight is an error: unset it"

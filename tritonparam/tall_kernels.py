@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import configs, registry
+from tritonparam import configs, paths
 
 Saved = tuple[Tensor, ...]
 
@@ -30,13 +30,13 @@ class TallKernels:
     def declines(self, x: Tensor) -> str:
         """Why they cannot take x, or the empty string."""
         k = x.size(-1)
-        if reason := registry.kernel_declines(self.name, x, k):
+        if reason := paths.kernel_declines(self.name, x, k):
             return reason
         return f"k = {k} is beyond the kernel's {self.max_k}" if k > self.max_k else ""
 
     def path(self, x: Tensor) -> str:
         """The path to take; raises where use_path("kernel") asks for what they cannot do."""
-        return registry.path(self.declines(x))
+        return paths.path(self.declines(x))
 
     def kernel_file(self, k: int, dtype: torch.dtype) -> str:
         """The file of kernels for k columns, or the empty string."""
@@ -44,7 +44,7 @@ class TallKernels:
 
     def n_launches(self, x: Tensor, *, based: bool) -> tuple[int, int]:
         """How many kernels a forward and a backward pass launch, with or without a base."""
-        kernels = registry.kernels(self.file or self.name)
+        kernels = paths.kernels(self.file or self.name)
         return kernels.n_launches(x.size(-1), based=based) if x.numel() else (0, 0)
 
     def forward(
@@ -55,7 +55,7 @@ class TallKernels:
         The evaluation is counted. `base` is None for a map without one.
         """
         made = self._run("fwd", function, x, x, base, *numbers) if self._runs(x) else None
-        registry.count("kernel" if made else "closed")
+        paths.count("kernel" if made else "closed")
         return (made[0], _saved(x, base, made[1])) if made else None
 
     def prepare(self, x: Tensor, base: Tensor | None, *numbers: float) -> Saved | None:
@@ -75,13 +75,13 @@ class TallKernels:
 
     def _run(self, phase: str, function: str, x: Tensor, *args: Any) -> Any:
         """What a launcher returns on x's device, or None where Triton cannot compile a kernel."""
-        choice = (self.name, phase, x, registry.kernels("tall").config)
-        config = configs.launch(*choice, x.size(-1), x.dtype, registry.backend())
+        choice = (self.name, phase, x, paths.kernels("tall").config)
+        config = configs.launch(*choice, x.size(-1), x.dtype, paths.backend())
         try:
             with torch.cuda.device_of(x):
-                return getattr(registry.kernels(self.file or self.name), function)(*args, config)
+                return getattr(paths.kernels(self.file or self.name), function)(*args, config)
         except Exception as error:
-            registry.fall_back(error, self.name, x, x.size(-1))
+            paths.fall_back(error, self.name, x, x.size(-1))
             return None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from tritonparam import registry
+from tritonparam import paths
 from tritonparam.autograd import EagerMap, Gradients, Saved
 from tritonparam.numerics import no_autocast
 
@@ -138,7 +138,7 @@ def stacked(one: EagerMap, n_like_the_value: int) -> GroupedMap:
         stacks = [torch.stack(xs) for xs in zip(*[c[: one.n_tensors] for c in calls], strict=True)]
         y, saved = one.forward(*stacks, *calls[0][one.n_tensors :])
         for _ in calls[1:]:
-            registry.count("kernel")
+            paths.count("kernel")
         values = [x.data for x in y]  # each with a version of its own
         columns: list[Sequence[Tensor]] = []
         for x in saved:

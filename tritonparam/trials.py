@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, registry, tables, turns
+from tritonparam import configs, paths, tables, turns
 from tritonparam.info import compilers, first_line
 from tritonparam.reading import Reading
 from tritonparam.rules import KERNELS
@@ -72,14 +72,14 @@ class Problem:
 
     def candidates(self, phase: str) -> list[Any]:
         """The configurations of a phase, the default first."""
-        kernels = registry.kernels(self._file())
+        kernels = paths.kernels(self._file())
         backend = "hip" if self.target.startswith("gfx") else "cuda"
         return cast(list[Any], kernels.candidates(phase, self.n, self.dtype, backend))
 
     def launches(self, phase: str, numbers: dict[str, Any]) -> list[tuple]:
         """What is launched with these numbers in the place of the default's."""
         config = replace(self.candidates(phase)[0], **numbers)
-        kernels = registry.kernels(self._file())
+        kernels = paths.kernels(self._file())
         return cast(list[tuple], kernels.launches(phase, self.chain, self.n, self.dtype, config))
 
 
@@ -155,7 +155,7 @@ class Weight(Reading):
     @contextmanager
     def _on(self, trial: Trial) -> Iterator[None]:
         row = self._row | {"path": trial.path, "config": trial.config}
-        with registry.use_path(trial.path), configs.trying(row):
+        with paths.use_path(trial.path), configs.trying(row):
             yield
 
     def _wrong(self, trial: Trial) -> str:

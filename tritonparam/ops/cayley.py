@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import configs, registry
+from tritonparam import configs, paths
 from tritonparam.autograd import FusedMap, Saved
 from tritonparam.numerics import cast, compute_dtype, inverse_definite
 from tritonparam.together import stacked
@@ -21,7 +21,7 @@ _FEW = 64  # rows of a matrix, up to which the number of operators is what count
 def kernel_declines(w: Tensor) -> str:
     """Why the Triton kernel cannot take w, or the empty string."""
     n = w.size(-1)
-    if reason := registry.kernel_declines("cayley", w, n):
+    if reason := paths.kernel_declines("cayley", w, n):
         return reason
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
@@ -35,7 +35,7 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
 
 def n_launches(w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    kernels = paths.kernels(kernel_file(w.size(-1), w.dtype))
     return kernels.N_LAUNCHES if w.numel() else (0, 0)
 
 
@@ -98,22 +98,22 @@ def _closed_bwd_of_few(g: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor]:
 def _launched(phase: str, x: Tensor, *args: Any) -> Tensor:
     """What the launcher of a phase returns for `args`, on x's device and with its configuration."""
     n = x.size(-1)
-    kernels = registry.kernels(kernel_file(n, x.dtype))
+    kernels = paths.kernels(kernel_file(n, x.dtype))
     choice = ("cayley", phase, x, getattr(kernels, f"{phase}_config"))
     with torch.cuda.device_of(x):
-        config = configs.launch(*choice, n, x.dtype, registry.backend())
+        config = configs.launch(*choice, n, x.dtype, paths.backend())
         return getattr(kernels, f"cayley_{phase}")(*args, config)
 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
-    if registry.path(kernel_declines(w)) == "kernel":
+    if paths.path(kernel_declines(w)) == "kernel":
         try:
             q = _launched("fwd", w, w, d)
-            registry.count("kernel")
+            paths.count("kernel")
             return q, (q, d)
         except Exception as error:
-            registry.fall_back(error, "cayley", w, w.size(-1))
-    registry.count("closed")
+            paths.fall_back(error, "cayley", w, w.size(-1))
+    paths.count("closed")
     return _closed_fwd(w, d)
 
 
@@ -121,11 +121,11 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     q, d, *few = saved
     if few:
         return _closed_bwd_of_few(g, few[0], d)
-    if registry.path(kernel_declines(q)) == "kernel":
+    if paths.path(kernel_declines(q)) == "kernel":
         try:
             return (_launched("bwd", q, g, q, d, dtype),)
         except Exception as error:
-            registry.fall_back(error, "cayley", q, q.size(-1))
+            paths.fall_back(error, "cayley", q, q.size(-1))
     return _closed_bwd(g, saved, dtype)
 
 

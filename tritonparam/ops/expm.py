@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import configs, registry
+from tritonparam import configs, paths
 from tritonparam.autograd import FusedMap
 from tritonparam.exponential import Kind, Saved, adjoint, expm
 from tritonparam.numerics import as_batch, compute_dtype
@@ -24,9 +24,9 @@ _SIGN = {"skew": -1, "symmetric": 1}
 def kernel_declines(w: Tensor, kind: Kind) -> str:
     """Why the Triton kernels cannot take w, or the empty string."""
     if kind == "general":
-        return registry.no_kernel(w)
+        return paths.no_kernel(w)
     n = w.size(-1)
-    if reason := registry.kernel_declines(f"{kind}_exp", w, n):
+    if reason := paths.kernel_declines(f"{kind}_exp", w, n):
         return reason
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
@@ -42,16 +42,16 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
 
 def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    kernels = registry.kernels(kernel_file(w.size(-1), w.dtype))
+    kernels = paths.kernels(kernel_file(w.size(-1), w.dtype))
     return kernels.n_launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
 
 
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
     n = w.size(-1)
-    kernels = registry.kernels(kernel_file(n, w.dtype))
+    kernels = paths.kernels(kernel_file(n, w.dtype))
     choice = (f"{kind}_exp", phase, w, kernels.config)
-    config = configs.launch(*choice, n, compute_dtype(w.dtype), registry.backend())
+    config = configs.launch(*choice, n, compute_dtype(w.dtype), paths.backend())
     return kernels, _SIGN[kind], config
 
 
@@ -65,29 +65,29 @@ def _argument(w: Tensor, kind: Kind) -> Tensor:
 
 
 def _forward(w: Tensor, rounded: bool = False, *, kind: Kind) -> tuple[Tensor, Saved]:
-    if registry.path(kernel_declines(w, kind)) == "kernel":
+    if paths.path(kernel_declines(w, kind)) == "kernel":
         kernels, sign, config = _kernels(w, kind, "fwd")
         one_tile = w.size(-1) <= _TILE_MAX_N
         rounding = (w.dtype,) if rounded and one_tile else ()
         try:
             with torch.cuda.device_of(w):
                 y, saved = kernels.expm_fwd(w, sign, config, *rounding)
-            registry.count("kernel")
+            paths.count("kernel")
             return y, (w, *saved)
         except Exception as error:
-            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
-    registry.count("closed")
+            paths.fall_back(error, f"{kind}_exp", w, w.size(-1))
+    paths.count("closed")
     return _value(w, kind)
 
 
 def _resume(y: Tensor, w: Tensor, rounded: bool = False, *, kind: Kind) -> Saved:
-    if registry.path(kernel_declines(w, kind)) == "kernel":
+    if paths.path(kernel_declines(w, kind)) == "kernel":
         kernels, sign, config = _kernels(w, kind, "fwd")
         try:
             with torch.cuda.device_of(w):
                 return (w, *kernels.prepare(w, sign, config))
         except Exception as error:
-            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
+            paths.fall_back(error, f"{kind}_exp", w, w.size(-1))
     return _value(w, kind)[1]
 
 
@@ -108,7 +108,7 @@ def _backward(
             with torch.cuda.device_of(w):
                 return (kernels.expm_bwd(g, w, tuple(rest), sign, config),)
         except Exception as error:
-            registry.fall_back(error, f"{kind}_exp", w, w.size(-1))
+            paths.fall_back(error, f"{kind}_exp", w, w.size(-1))
             saved = _value(w, kind)[1]  # the closed form keeps more
     h = adjoint(as_batch(g), saved[1:], kind)
     if kind == "skew":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from tritonparam import configs, registry
+from tritonparam import configs, paths, registry
 from tritonparam.autograd import EagerMap, FusedMap, Gradients, Saved, one_by_one
 from tritonparam.numerics import cast, compute_dtype, same_device, without_autocast
 from tritonparam.together import GroupedMap
@@ -24,7 +24,7 @@ def kernel_declines(link: Any, w: Tensor) -> str:
 
 def n_launches(link: Any, w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    return registry.kernels("spectral_norm").n_launches(steps(link)[0])
+    return paths.kernels("spectral_norm").n_launches(steps(link)[0])
 
 
 def steps(link: Any) -> tuple[int, float]:
@@ -48,7 +48,7 @@ def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
 
 
 def _declines(w: Tensor, *vectors: Tensor) -> str:
-    if reason := registry.kernel_declines("spectral_norm", w, w.numel()):
+    if reason := paths.kernel_declines("spectral_norm", w, w.numel()):
         return reason
     if w.dim() < 2:
         return "the original is a vector"
@@ -86,7 +86,7 @@ def _divisor(sigma: Tensor) -> Tensor:
 
 
 def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[Tensor, Saved]:
-    registry.count("closed")
+    paths.count("closed")
     # The smallest number changes no σ beyond its last digit but 0, and makes 0/0 a 0.
     info = torch.finfo(w.dtype)
     return w / (sigma + info.tiny * info.eps), (w, u, v, sigma)
@@ -95,11 +95,11 @@ def _forward(w: Tensor, u: Tensor, v: Tensor, sigma: Tensor, dim: int) -> tuple[
 def _backward(g: Tensor, saved: Saved, dtype: torch.dtype, dim: int) -> Gradients:
     # dW = (G - (<G, W>/σ) u vᵀ)/σ
     w, u, v, sigma = saved
-    if registry.path(_declines(w, u, v)) == "kernel":
+    if paths.path(_declines(w, u, v)) == "kernel":
         try:
             return _kernel_bwd([g], [saved], [dim])[0]
         except Exception as error:
-            registry.fall_back(error, "spectral_norm", w, w.numel())
+            paths.fall_back(error, "spectral_norm", w, w.numel())
     if g.is_cpu and w.dim() == 2 and dim == 0 and not registry.transforms_active():
         number = sigma.item() or math.inf  # on the CPU nobody waits, and operators cost more
         dw = g.contiguous() / number
@@ -154,19 +154,19 @@ Call = tuple[Tensor, Tensor, Tensor, int, int, float]
 
 def _config(phase: str, ws: Sequence[Tensor]) -> Any:
     """The launch numbers of all, those that suit the largest."""
-    w, default = max(ws, key=Tensor.numel), registry.kernels("spectral_norm").default_of_size
+    w, default = max(ws, key=Tensor.numel), paths.kernels("spectral_norm").default_of_size
     return configs.launch("spectral_norm", phase, w, default, w.numel(), w.dtype)
 
 
 def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
-    kernels = registry.kernels("spectral_norm")
+    kernels = paths.kernels("spectral_norm")
     ws, us, vs, dims, (steps, *_), (eps, *_) = zip(*calls, strict=True)
     with torch.cuda.device_of(ws[0]):
         config = _config("fwd", ws)
         xs = [_slices(w, dim) for w, dim in zip(ws, dims, strict=True)]
         results = kernels.spectral_norm_fwd(xs, us, vs, steps, eps, ws[0].dtype, config)
     for _ in calls:
-        registry.count("kernel")
+        paths.count("kernel")
     if steps:
         torch.autograd.graph.increment_version((*us, *vs))
     return [(y.view(w.shape), (w, *vectors)) for w, (y, *vectors) in zip(ws, results, strict=True)]
@@ -175,7 +175,7 @@ def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
 def _kernel_bwd(
     gs: Sequence[Tensor], saved: Sequence[Saved], dims: Sequence[int]
 ) -> list[Gradients]:
-    kernels = registry.kernels("spectral_norm")
+    kernels = paths.kernels("spectral_norm")
     ws, us, vs, sigmas = zip(*saved, strict=True)
     with torch.cuda.device_of(ws[0]):
         config = _config("bwd", ws)
@@ -233,7 +233,7 @@ def advance_all(chains: Sequence[tuple[Any, Tensor]]) -> None:
     """``advance`` of many (link, w); what the kernel takes, of one kind in few launches."""
     kinds: dict[Hashable, list[tuple[Any, Tensor]]] = {}
     for link, w in chains:
-        if kernel_declines(link, w) or registry.override() == "closed" or misfit(link, w):
+        if kernel_declines(link, w) or paths.override() == "closed" or misfit(link, w):
             advance(link, w)
         else:
             kind = w.device, w.dtype, link.n_power_iterations, link.eps
@@ -243,7 +243,7 @@ def advance_all(chains: Sequence[tuple[Any, Tensor]]) -> None:
             _kernel_advance(same)
         except Exception as error:  # before the last launch, the one that writes u and v
             w = max((w for _, w in same), key=Tensor.numel)
-            registry.fall_back(error, "spectral_norm", w, w.numel())
+            paths.fall_back(error, "spectral_norm", w, w.numel())
             for link, w in same:
                 advance(link, w)
 
@@ -255,7 +255,7 @@ def _kernel_advance(chains: Sequence[tuple[Any, Tensor]]) -> None:
         xs = [_slices(w, link.dim) for link, w in chains]
         number = links[0].n_power_iterations, links[0].eps
         config = _config("fwd", ws)
-        registry.kernels("power_iteration").advance(xs, us, vs, *number, config)
+        paths.kernels("power_iteration").advance(xs, us, vs, *number, config)
     torch.autograd.graph.increment_version((*us, *vs))
 
 
@@ -286,16 +286,16 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     tensor(1.4142)
     """
     vectors = _buffers(link, w)
-    path = registry.path(_declines(w, *vectors))
+    path = paths.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
         try:
             return _iterate_and_divide(w, *vectors, link.dim, *steps(link))
         except Exception as error:  # before the last launch, the one that writes u and v
-            registry.fall_back(error, "spectral_norm", w, w.numel())
+            paths.fall_back(error, "spectral_norm", w, w.numel())
     x = cast(w, compute_dtype(w.dtype))
     if w.dim() == 1:
         if not torch.compiler.is_compiling():
-            registry.count("closed")
+            paths.count("closed")
         return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
     u, v, sigma = without_autocast(w, _power_iteration, link, _matrix(x.detach(), link.dim))
     return cast(_divide(x, u, v, sigma, link.dim), w.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonparam import configs, registry
+from tritonparam import configs, paths
 from tritonparam.autograd import FusedMap, Gradients, Saved, one_by_one
 from tritonparam.numerics import cast, compute_dtype
 from tritonparam.together import GroupedMap
@@ -21,7 +21,7 @@ _torch_backward = torch.ops.aten._weight_norm_interface_backward.default
 
 def kernel_declines(g: Tensor, v: Tensor) -> str:
     """Why the Triton kernel cannot take the pair, or the empty string."""
-    declined = registry.kernel_declines("weight_norm", v, v.numel())
+    declined = paths.kernel_declines("weight_norm", v, v.numel())
     return declined or ("" if v.numel() else "the original is empty")
 
 
@@ -30,7 +30,7 @@ def n_launches(link: Any, v: Tensor) -> tuple[int, int]:
     if not v.numel():
         return 0, 0
     shape = _slices(v.to("meta"), dim_of(link, v)).shape
-    n_launches = registry.kernels("weight_norm").n_launches
+    n_launches = paths.kernels("weight_norm").n_launches
     return n_launches(shape, _config("fwd", [v])), n_launches(shape, _config("bwd", [v]))
 
 
@@ -80,12 +80,12 @@ _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 def _config(phase: str, vs: Sequence[Tensor]) -> Any:
     """The launch numbers of all, those that suit the largest."""
-    v, default = max(vs, key=Tensor.numel), registry.kernels("weight_norm").default_of_size
+    v, default = max(vs, key=Tensor.numel), paths.kernels("weight_norm").default_of_size
     return configs.launch("weight_norm", phase, v, default, v.numel(), v.dtype)
 
 
 def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
-    kernels = registry.kernels("weight_norm")
+    kernels = paths.kernels("weight_norm")
     gs, vs, dims, rounded = zip(*calls, strict=True)
     dtype = vs[0].dtype if rounded[0] else compute_dtype(vs[0].dtype)
     with torch.cuda.device_of(vs[0]):
@@ -99,7 +99,7 @@ def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
 def _kernel_bwd(
     grads: Sequence[Tensor], saved: Sequence[Saved], dims: Sequence[int]
 ) -> list[Gradients]:
-    kernels = registry.kernels("weight_norm")
+    kernels = paths.kernels("weight_norm")
     gs, vs, norms = zip(*saved, strict=True)
     with torch.cuda.device_of(vs[0]):
         config = _config("bwd", vs)
@@ -115,14 +115,14 @@ def _kernel_bwd(
 
 def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Saved]:
     dtype = compute_dtype(v.dtype)
-    if registry.path(kernel_declines(g, v)) == "kernel":
+    if paths.path(kernel_declines(g, v)) == "kernel":
         try:
             result = _kernel_fwd([(g, v, dim, rounded)])[0]
-            registry.count("kernel")
+            paths.count("kernel")
             return result
         except Exception as error:
-            registry.fall_back(error, "weight_norm", v, v.numel())
-    registry.count("closed")
+            paths.fall_back(error, "weight_norm", v, v.numel())
+    paths.count("closed")
     if v.device.type == "cpu" and _fused(v, dim):
         w, norm = _torch_forward(v.contiguous(), g.contiguous(), dim)
         if not norm.all():  # on the CPU nobody waits for this
@@ -138,11 +138,11 @@ def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Sav
 def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bool) -> Gradients:
     # dg = <G, v>/‖v‖,  dv = g/‖v‖ (G - dg v/‖v‖)
     g, v, norm = saved
-    if registry.path(kernel_declines(g, v)) == "kernel":
+    if paths.path(kernel_declines(g, v)) == "kernel":
         try:
             return _kernel_bwd([grad], [saved], [dim])[0]
         except Exception as error:
-            registry.fall_back(error, "weight_norm", v, v.numel())
+            paths.fall_back(error, "weight_norm", v, v.numel())
     if _fused(v, dim):
         grad = cast(grad, v.dtype).contiguous()
         dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
@@ -217,7 +217,7 @@ def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
             return tuple(y if x is not None else None for x, y in zip(grads, ours, strict=True))
 
         w.grad_fn.register_hook(differentiable)
-    registry.count("closed")
+    paths.count("closed")
     return w
 
 
@@ -240,7 +240,7 @@ _weight_norm = FusedMap(
 
 def _forwards(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     for _ in calls:
-        registry.count("kernel")
+        paths.count("kernel")
     return _kernel_fwd(calls)
 
 
@@ -283,7 +283,7 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     dim = dim_of(link, v)
     if torch.compiler.is_compiling():  # an operator's result has the compute dtype
         return _weight_norm(g, v, dim, False)
-    if v.is_cpu and registry.path(kernel_declines(g, v)) == "closed":
+    if v.is_cpu and paths.path(kernel_declines(g, v)) == "closed":
         w = _torchs(g, v, dim)
         if w is not None:
             return w
