@@ -222,6 +222,13 @@ def test_norms_are_torchs(name):
             getattr(tp, name)(make(), "weights")
 
 
+def test_weight_norm_is_the_first_link():
+    layer = tp.skew(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="tensor without links.*but weight is parametrized"):
+        tp.weight_norm(layer)
+    assert len(layer.parametrizations.weight) == 1
+
+
 def test_weight_norm_loads_legacy_checkpoints():
     legacy = torch.nn.utils.weight_norm(nn.Linear(3, 2))
     ours = tp.weight_norm(nn.Linear(3, 2))

@@ -146,6 +146,11 @@ def with_dim(dim: int) -> nn.Module:
     return layer
 
 
+def behind_another_link() -> nn.Module:
+    layer = tp.register_parametrization(nn.Linear(3, 4), "weight", nn.Identity())
+    return tp.fuse(theirs.weight_norm(layer))
+
+
 def hooked() -> nn.Module:
     layer = cayley_layer()
     layer.parametrizations.weight[1].register_forward_pre_hook(lambda *args: None)
@@ -165,6 +170,10 @@ REASONS = {
     "hooks": (hooked, "a link has hooks, which a fused chain would skip"),
     "norms of another shape": (lambda: with_dim(1), "the norms have another shape"),
     "norms of another dim": (lambda: with_dim(2), "the norms do not fit the directions"),
+    "norms of what no norms are known of": (
+        behind_another_link,
+        "weight norm is not the first link, which gets norms and directions",
+    ),
     "another list": (
         kept_elsewhere,
         "it is kept in a Kept, not in torch's ParametrizationList",

@@ -150,13 +150,18 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         The module.
 
     Raises:
-        ValueError: there is no such tensor.
+        ValueError: there is no such tensor, or it is parametrized already.
 
     >>> layer = weight_norm(nn.Linear(20, 40))
     >>> layer.parametrizations.weight.original0.shape
     torch.Size([40, 1])
     """
     _tensor("weight_norm", module, name)
+    if is_parametrized(module, name):
+        raise ValueError(
+            "weight_norm: name must be that of a tensor without links, whose originals norms and "
+            f"directions become, but {name} is parametrized already; register weight_norm first."
+        )
     register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
     load_legacy(module, name, WEIGHT_NORM_KEYS)
     return module

@@ -204,7 +204,10 @@ def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
     return _orthogonal_declines(links, _gates(links, x))
 
 
-def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> str:
+def _weight_norm_declines(links: Sequence[nn.Module], *xs: Tensor) -> str:
+    if len(xs) != 2:
+        return "weight norm is not the first link, which gets norms and directions"
+    g, v = xs
     dim = weight_norm.dim_of(links[0], v)
     if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
         return "the norms do not fit the directions"
