@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -67,8 +68,36 @@ def test_the_fastest_is_stored_and_taken(file, monkeypatch):
 
 
 def test_what_gains_too_little_does_not_replace_the_default(file):
-    (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1.00e-5, composed=0.98e-5))
+    (found,) = tp.tune(cayley(), file=file, clock=clock(closed=1.00e-5, composed=0.96e-5))
     assert found.row["path"] == "closed"
+
+
+def test_what_gains_in_few_rounds_does_not_replace_the_default(file, monkeypatch):
+    monkeypatch.setattr(trials, "LEAST", 5)
+    monkeypatch.setattr(trials, "MOST", 5)
+    composed = iter([1, 0.9, 0.9, 1.1, 0.9, 1.1])
+
+    def measure(step):
+        step()
+        return next(composed) if registry.override() == "composed" else 1
+
+    (found,) = tp.tune(cayley(), file=file, clock=measure)
+    assert (found.trials[1].ratio, found.trials[1].upper) == (0.9, 1.1)
+    assert found.row["path"] == "closed"
+
+
+def test_a_turn_is_its_fastest_step(file, monkeypatch):
+    """Of every three steps two are held up."""
+    monkeypatch.setattr(trials, "STEPS", 3)
+    held_up = itertools.cycle([900, 1, 30])
+
+    def measure(step):
+        step()
+        return next(held_up) * (0.9e-5 if registry.override() == "composed" else 1e-5)
+
+    (found,) = tp.tune(cayley(), file=file, clock=measure)
+    assert [t.microseconds for t in found.trials] == [pytest.approx(10), pytest.approx(9)]
+    assert found.row["path"] == "composed"
 
 
 def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):

@@ -244,7 +244,7 @@ def _timed(
     for way, phases in columns.items():
         gain = None
         if way != "composed" and "composed" in columns:
-            gain = turns.ratio(columns["composed"][-1], phases[-1])
+            gain = statistics.median(turns.ratios(columns["composed"][-1], phases[-1]))
         times = zip(PHASES, map(_times, phases), strict=True)
         ways[way] = Way(way, dict(times), gain, ways[way].error)
     chain, x, _ = rule.question(links, *xs)

@@ -191,7 +191,8 @@ def tune(
     """Measure the fastest path and launch configuration, and keep it.
 
     It goes into a table of your own, which later processes follow, as soon as it is known: an
-    interrupted run goes on where it was.
+    interrupted run goes on where it was. What is measured speaks for all sizes, and batches, of
+    the same next power of two: of 96 and 128 only the first is measured.
     """
     from tritonparam import report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +21,9 @@ from tritonparam.rules import KERNELS
 
 Clock = Callable[[Callable[[], object]], float]
 PHASES = ("fwd", "bwd")
-STEPS = 5  # of a turn, which is their median
+STEPS = 5  # of a turn, which is the fastest of them: what else a machine does only adds to a time
 # Rounds, in which every trial has a turn, and the seconds after which none beyond the least begins.
-LEAST, MOST, SECONDS = 5, 50, 5.0
+LEAST, MOST, SECONDS = 5, 50, 10.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Trial:
         resources: registers and bytes of stack per thread and of shared memory per program, the
             most that a launch of it takes; None where nothing was compiled.
         microseconds: of forward and backward, or None where it was not measured.
-        ratio: of its time to that of what it is compared with, the median over rounds.
+        ratio: of its time to the default's in the same round, the median over rounds.
+        upper: of these ratios, the upper quartile.
         reason: why it was discarded, or the empty string.
     """
 
@@ -44,6 +46,7 @@ class Trial:
     resources: dict[str, int] | None = None
     microseconds: float | None = None
     ratio: float | None = None
+    upper: float | None = None
     reason: str = ""
 
 
@@ -174,15 +177,23 @@ class Weight(Reading):
         def turn(trial: Trial) -> float:
             with self._on(trial):
                 self.step(own)  # what was remembered for the last trial is made again
-                return median(clock, lambda: self.step(own))
+                return fastest(clock, lambda: self.step(own))
 
         timers = [partial(turn, trial) for trial in trials if not trial.reason]
         seconds = turns.take(timers, warm_up=1, least=LEAST, most=MOST, seconds=SECONDS)
-        found = (
-            {"microseconds": 1e6 * statistics.median(mine), "ratio": turns.ratio(mine, seconds[0])}
-            for mine in seconds
-        )
-        return [t if t.reason else replace(t, **next(found)) for t in trials]
+        measured = iter(seconds)
+
+        def with_times(trial: Trial) -> Trial:
+            mine = next(measured)
+            ratios = turns.ratios(mine, seconds[0])
+            return replace(
+                trial,
+                microseconds=1e6 * statistics.median(mine),
+                ratio=statistics.median(ratios),
+                upper=ratios[math.ceil(0.75 * (len(ratios) - 1))],
+            )
+
+        return [t if t.reason else with_times(t) for t in trials]
 
 
 def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
@@ -195,9 +206,9 @@ def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
     return Trial("kernel", best) if len(best) == len(PHASES) else None
 
 
-def median(clock: Clock, step: Callable[[], object]) -> float:
+def fastest(clock: Clock, step: Callable[[], object]) -> float:
     """Of some steps, in seconds."""
-    return statistics.median(clock(step) for _ in range(STEPS))
+    return min(clock(step) for _ in range(STEPS))
 
 
 def clock_of(device: torch.device) -> Clock:

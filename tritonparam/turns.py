@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -39,6 +38,6 @@ def take(
     return said
 
 
-def ratio(some: Sequence[float], others: Sequence[float]) -> float:
-    """How many times as long some took as others did: the median over rounds, each by itself."""
-    return statistics.median(a / b for a, b in zip(some, others, strict=True))
+def ratios(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    """How many times as long some took as others did in the same round, in ascending order."""
+    return sorted(a / b for a, b in zip(some, others, strict=True))
