@@ -16,26 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from tritonparam.kernels import (
-    cayley,
-    elimination,
-    expm,
-    expm_gemm,
-    expm_scratch,
-    gemm,
-    mirror,
-    newton_schulz,
-    power_iteration,
-    slices,
-    spectral_norm,
-    tall_blocks,
-    tall_combine,
-    tall_gram,
-    tall_tile,
-    taylor,
-    weight_norm,
-)
 from tritonparam.kernels import launch as launches
+from tritonparam.kernels import power_iteration, slices
+from tritonparam.kernels.aot import MODULES
 from tritonparam.kernels.launch import launch
 
 calls: list[tuple] = []
@@ -138,9 +121,7 @@ def main() -> None:
     def is_constant(p) -> int:
         return p.is_constexpr
 
-    square = (cayley, expm, expm_gemm, expm_scratch, gemm, mirror, newton_schulz)
-    of_tall = (tall_gram, tall_combine, elimination, taylor, tall_blocks, tall_tile)
-    for file in (*square, *of_tall, slices, power_iteration, spectral_norm, weight_norm):
+    for file in (*MODULES, power_iteration, slices):
         for function in (f for f in vars(file).values() if isinstance(f, triton.JITFunction)):
             if function.__name__.endswith("_kernel"):
                 assert function.params == sorted(function.params, key=is_constant), function

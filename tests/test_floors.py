@@ -74,6 +74,7 @@ FLOORS = {
     "ops.tall_expm": 3,
     "ops.weight_norm": 3,
     "stepped": 3.1,
+    "orthogonal_maps": 3.2,
     "rules": 4,
     "functional": 4.1,
     "interop": 4.1,

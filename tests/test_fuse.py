@@ -194,7 +194,7 @@ def test_strict_names_the_weight_and_changes_nothing():
     tp.fuse(model[0], strict=True)
 
 
-@pytest.mark.parametrize("function", [tp.fuse, tp.unfuse])
+@pytest.mark.parametrize("function", [tp.fuse, tp.unfuse, tp.explain])
 def test_a_model_is_a_module(function):
     with pytest.raises(TypeError, match="must be an nn.Module, got Tensor"):
         function(torch.ones(2))

@@ -220,6 +220,10 @@ def test_norms_are_torchs(name):
         assert tp.stats(reset=True)["composed"] == 0
         with pytest.raises(ValueError, match="name must be that of"):
             getattr(tp, name)(make(), "weights")
+    whole = nn.Module()
+    whole.register_buffer("weight", torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=f"{name}: .* floating-point dtype, got torch.int64"):
+        getattr(tp, name)(whole)
 
 
 def test_weight_norm_is_the_first_link():

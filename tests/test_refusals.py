@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 import tritonparam as tp
 from tritonparam import declared, info, logm, ops, paths, registry, report, rules, trials
+from tritonparam.orthogonal_maps import map_declines
 from tritonparam.reading import too_far
 
 EYE = torch.eye(2, dtype=torch.float64)
@@ -196,12 +197,12 @@ def test_what_is_not_square(chain):
 
 
 def test_what_is_no_matrix_and_what_has_no_fp64():
-    assert rules._map_declines("cayley", torch.ones(3)) == "the original is not a matrix"
+    assert map_declines("cayley", torch.ones(3)) == "the original is not a matrix"
     elsewhere = SimpleNamespace(dim=lambda: 2, device=SimpleNamespace(type="mps"))
     for name in ("cayley", "householder"):
-        declined = rules._map_declines(name, elsewhere)
+        declined = map_declines(name, elsewhere)
         assert declined == "the map needs fp64 inside, which the device has not"
-    assert rules._map_declines("matrix_exp", elsewhere) == ""
+    assert map_declines("matrix_exp", elsewhere) == ""
 
 
 def test_the_upper_triangle_of_a_tall_manifold():

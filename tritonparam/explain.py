@@ -17,6 +17,7 @@ from tritonparam.fuse import (
     decline_reason,
     originals,
     parametrized_tensors,
+    require_module,
 )
 
 _WIDTH = 80
@@ -122,6 +123,9 @@ def explain(model: nn.Module, *, errors: bool = False) -> Explanation:
           one, with W + Wᵀ of a skew one, |σ - 1| of a spectral norm, max|‖w‖ - |g|| of a weight
           norm, max|W| under the mask of a pruned one; None of any other.
 
+    Raises:
+        TypeError: `model` is not an ``nn.Module``.
+
     >>> import tritonparam as tp
     >>> layer = tp.register_parametrization(nn.Linear(3, 3), "weight", tp.Skew(), tp.CayleyMap())
     >>> print(tp.explain(layer))
@@ -131,6 +135,7 @@ def explain(model: nn.Module, *, errors: bool = False) -> Explanation:
     >>> tp.explain(layer, errors=True)[0].error < 1e-6
     True
     """
+    require_module("explain", model)
     rows = []
     for _, name, plist in parametrized_tensors(model):
         tensors, links = originals(plist), tuple(plist._modules.values())

@@ -193,7 +193,22 @@ def fuse(model: nn.Module, *, strict: bool = False, legacy: bool = False) -> nn.
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused tensor of a model back to torch's own evaluation, and return the model."""
+    """Give every fused tensor of a model back to torch's own evaluation.
+
+    Arguments:
+        model: any module; it is changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: `model` is not an ``nn.Module``.
+
+    >>> import tritonparam as tp
+    >>> layer = tp.register_parametrization(nn.Linear(3, 3), "weight", tp.Skew(), tp.CayleyMap())
+    >>> tp.explain(tp.unfuse(layer))[0].path
+    'composed'
+    """
     require_module("unfuse", model)
     for module in model.modules():
         plists = list(lists(module).values())

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
 from tritonparam.numerics import no_autocast
 from tritonparam.orthogonal import tall
+from tritonparam.orthogonal_maps import from_left, from_left_declines, from_left_kernel_declines
 from tritonparam.registry import Rule, links_decline
-from tritonparam.rules import RULES, from_left, from_left_declines, from_left_kernel_declines
+from tritonparam.rules import RULES
 
 _OLDEST = (0, 4)
 

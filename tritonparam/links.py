@@ -24,12 +24,16 @@ from tritonparam.preimage import (
 class Symmetric(nn.Module):
     """The symmetric matrix whose upper triangle is that of X: ``triu(X) + triu(X, 1)ᵀ``.
 
-    X has shape [..., n, n] and any dtype; the result has the same.
+    X has shape [..., n, n] and any dtype; the result has the same. What is not symmetric cannot be
+    assigned.
 
     >>> Symmetric()(torch.tensor([[1., 2.], [0., 3.]]))
     tensor([[1., 2.],
             [2., 3.]])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to a symmetric one."""
@@ -52,12 +56,16 @@ class Symmetric(nn.Module):
 class Skew(nn.Module):
     """The skew-symmetric matrix whose upper triangle is that of X: ``triu(X, 1) - triu(X, 1)ᵀ``.
 
-    X has shape [..., n, n] and any dtype; the result has the same.
+    X has shape [..., n, n] and any dtype; the result has the same. What is not skew-symmetric
+    cannot be assigned.
 
     >>> Skew()(torch.tensor([[1., 2.], [0., 3.]]))
     tensor([[ 0.,  2.],
             [-2.,  0.]])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to a skew-symmetric one."""
@@ -84,7 +92,8 @@ class CayleyMap(nn.Module):
     The signs d are the persistent buffer `signature`, shape ``X.shape[:-1]``: ones, unless an
     assigned matrix has an eigenvalue -1, which no Cayley map without signs reaches. They are
     not trained, so that the determinant keeps its sign. X has shape [..., n, n] and a
-    floating-point or complex dtype; fp16 and bf16 are computed in fp32.
+    floating-point or complex dtype; fp16 and bf16 are computed in fp32. Any orthogonal matrix can
+    be assigned.
 
     Arguments:
         n: the size of the matrices; without it the map takes the size of the first tensor that
@@ -198,12 +207,15 @@ class MatrixExponential(nn.Module):
     """The matrix exponential ``exp(X)``: orthogonal for skew X, positive definite for symmetric X.
 
     X has shape [..., n, n] and a floating-point or complex dtype; fp16 and bf16 are computed in
-    fp32. The right inverse is the principal logarithm.
+    fp32. The right inverse is the principal logarithm; what has none cannot be assigned.
 
     >>> MatrixExponential()(torch.zeros(2, 2))
     tensor([[1., 0.],
             [0., 1.]])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map any square matrix to its exponential."""

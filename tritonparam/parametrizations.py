@@ -12,7 +12,7 @@ from tritonparam.fuse import lists
 from tritonparam.legacy import SPECTRAL_NORM_KEYS, WEIGHT_NORM_KEYS, load_legacy
 from tritonparam.links import MatrixExponential, Skew, Symmetric
 from tritonparam.orthogonal import Orthogonal, require_map, require_matrix
-from tritonparam.preimage import NoPreimage
+from tritonparam.preimage import NoPreimage, require_float
 from tritonparam.register import register_parametrization
 from tritonparam.stepped import SteppedSpectralNorm
 
@@ -95,7 +95,7 @@ def spectral_norm(
 
     Arguments:
         module: the module that has the tensor.
-        name: the tensor's name, [out, ...].
+        name: the tensor's name, [out, ...]; fp16 and bf16 are computed in fp32.
         n_power_iterations: at each read in training mode, or at each step; at least 1.
         eps: the smallest norm that is divided by.
         dim: the dimension of the outputs; None is 1 for transposed convolutions and 0 otherwise.
@@ -107,6 +107,8 @@ def spectral_norm(
     Raises:
         ValueError: there is no such tensor, `n_power_iterations` is not positive, `iterate` is
             another word, or "step" for a tensor that is parametrized already.
+        TypeError: the tensor is not floating-point.
+        IndexError: the tensor has no dimension `dim`.
 
     >>> import torch
     >>> layer = spectral_norm(nn.Linear(20, 40))
@@ -116,6 +118,7 @@ def spectral_norm(
     if iterate not in ("read", "step"):
         raise ValueError(f'spectral_norm: iterate must be "read" or "step", got {iterate!r}.')
     weight, fresh = _tensor("spectral_norm", module, name), not is_parametrized(module, name)
+    require_float("spectral_norm", weight)
     if iterate == "step" and not fresh:
         raise ValueError(
             f'spectral_norm: iterate="step" must be the first link, since it follows the original, '
@@ -143,7 +146,7 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
     Arguments:
         module: the module that has the tensor.
-        name: the tensor's name.
+        name: the tensor's name; fp16 and bf16 are computed in fp32.
         dim: the dimension over whose entries the norms are separate; None is one norm for all.
 
     Returns:
@@ -151,12 +154,14 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
     Raises:
         ValueError: there is no such tensor, or it is parametrized already.
+        TypeError: the tensor is not floating-point.
+        IndexError: the tensor has no dimension `dim`.
 
     >>> layer = weight_norm(nn.Linear(20, 40))
     >>> layer.parametrizations.weight.original0.shape
     torch.Size([40, 1])
     """
-    _tensor("weight_norm", module, name)
+    require_float("weight_norm", _tensor("weight_norm", module, name))
     if is_parametrized(module, name):
         raise ValueError(
             "weight_norm: name must be that of a tensor without links, whose originals norms and "
@@ -168,9 +173,19 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
 
 
 def symmetric(module: nn.Module, name: str = "weight") -> nn.Module:
-    """Make a square weight symmetric: its upper triangle is kept. Returns the module.
+    """Make a square weight symmetric: its upper triangle is kept.
 
-    Raises ValueError if there is no such tensor, or it is not square.
+    Symmetric matrices can be assigned.
+
+    Arguments:
+        module: the module that has the tensor.
+        name: the tensor's name, [..., n, n], of any dtype.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: there is no such tensor, or it is not square.
 
     >>> import torch
     >>> layer = symmetric(nn.Linear(3, 3))
@@ -182,9 +197,19 @@ def symmetric(module: nn.Module, name: str = "weight") -> nn.Module:
 
 
 def skew(module: nn.Module, name: str = "weight") -> nn.Module:
-    """Make a square weight skew-symmetric: its upper triangle is kept. Returns the module.
+    """Make a square weight skew-symmetric: its upper triangle is kept.
 
-    Raises ValueError if there is no such tensor, or it is not square.
+    Skew-symmetric matrices can be assigned.
+
+    Arguments:
+        module: the module that has the tensor.
+        name: the tensor's name, [..., n, n], of any dtype.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: there is no such tensor, or it is not square.
 
     >>> import torch
     >>> layer = skew(nn.Linear(3, 3))
@@ -203,13 +228,14 @@ def spd(module: nn.Module, name: str = "weight") -> nn.Module:
 
     Arguments:
         module: the module that has the tensor.
-        name: the tensor's name, [..., n, n].
+        name: the tensor's name, [..., n, n]; fp16 and bf16 are computed in fp32.
 
     Returns:
         The module.
 
     Raises:
         ValueError: there is no such tensor, or it is not square.
+        TypeError: the tensor is not floating-point.
 
     >>> import torch
     >>> layer = spd(nn.Linear(3, 3))

@@ -13,6 +13,14 @@ class NoPreimage(ValueError, NotImplementedError):
 
     It is a ``NotImplementedError`` so that ``register_parametrization`` keeps the tensor's own
     values as the original, and a ``ValueError`` so that assignment fails as users expect.
+
+    >>> import tritonparam as tp
+    >>> layer = tp.symmetric(torch.nn.Linear(2, 2))
+    >>> try:
+    ...     layer.weight = torch.tensor([[0., 1.], [-1., 0.]])
+    ... except tp.NoPreimage as error:
+    ...     print(str(error).partition(",")[0])
+    Symmetric: the assigned matrix must equal its transpose
     """
 
 

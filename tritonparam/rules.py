@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 
 from tritonparam.links import CayleyMap, MatrixExponential, Skew, Symmetric
-from tritonparam.numerics import cast as cast_to
 from tritonparam.numerics import compute_dtype, same_device
 from tritonparam.ops import (
     cayley,
@@ -22,7 +21,16 @@ from tritonparam.ops import (
     tall_expm,
     weight_norm,
 )
-from tritonparam.orthogonal import Orthogonal, OrthogonalGates, tall
+from tritonparam.orthogonal import Orthogonal, OrthogonalGates
+from tritonparam.orthogonal_maps import (
+    at_base,
+    from_left,
+    from_left_declines,
+    from_left_kernel_declines,
+    from_left_launches,
+    map_declines,
+    measured_as,
+)
 from tritonparam.paths import no_kernel
 from tritonparam.registry import Rule
 from tritonparam.stepped import SteppedSpectralNorm
@@ -63,65 +71,16 @@ def _orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     base = getattr(link, "base", None)
     if base is None or x.size(-1) == x.size(-2):
         return from_left(base, link.orthogonal_map, x)
-    q = _AT_BASE[link.orthogonal_map](tall(x), tall(base))
-    return q if x.size(-2) >= x.size(-1) else q.mT.contiguous()
-
-
-def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
-    """``base @ map(x)`` for a tall x, transposed for a wide one; None stands for the identity.
-
-    The base is n×n with n the larger side of x; of the map only k columns are made. 16-bit
-    originals are rounded once.
-    """
-    y = tall(x)
-    if base is not None:
-        dtype = compute_dtype(x.dtype)
-        y, base = cast_to(y, dtype), cast_to(base, dtype)
-    q = _FREE[orthogonal_map](y, base)
-    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), x.dtype)
-
-
-def _exp(x: Tensor, left: Tensor | None) -> Tensor:
-    if x.size(-1) != x.size(-2):
-        return tall_expm.tall_exp(x, left)
-    return expm.skew_exp(-x.mT, left)  # of tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle
-
-
-def _cayley(x: Tensor, left: Tensor | None) -> Tensor:
-    if x.size(-1) != x.size(-2):
-        return tall_cayley.tall_cayley(x, left=left)
-    # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
-    return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]), left)
-
-
-_TALL = {"cayley": tall_cayley, "matrix_exp": tall_expm, "householder": householder}
-_FREE = {
-    "cayley": _cayley,
-    "matrix_exp": _exp,
-    "householder": householder.householder,
-}
-_AT_BASE = {
-    "cayley": tall_cayley.tall_cayley_at,
-    "matrix_exp": tall_expm.tall_exp_at,
-    "householder": householder.householder_at,
-}
+    return at_base(base, link.orthogonal_map, x)
 
 
 def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     link: Any = links[0]
     base = getattr(link, "base", None)
-    if declined := _map_declines(link.orthogonal_map, x):
+    if declined := map_declines(link.orthogonal_map, x):
         return declined
     if base is not None and (base.shape != x.shape or base.device != x.device):
         return "the base point does not fit the original"
-    return ""
-
-
-def _map_declines(orthogonal_map: str, x: Tensor) -> str:
-    if x.dim() < 2:
-        return "the original is not a matrix"
-    if x.device.type == "mps" and orthogonal_map != "matrix_exp":
-        return "the map needs fp64 inside, which the device has not"
     return ""
 
 
@@ -129,50 +88,14 @@ def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     return from_left_kernel_declines(cast(Any, links[0]).orthogonal_map, x)
 
 
-def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:
-    """Why no Triton kernel computes the map of x, or the empty string."""
-    if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
-        exponential = orthogonal_map == "matrix_exp"
-        return expm.kernel_declines(x, "skew") if exponential else cayley.kernel_declines(x)
-    return _TALL[orthogonal_map].kernel_declines(tall(x))
-
-
-def _measured_as(orthogonal_map: str, x: Tensor) -> str:
-    """The name under which the table of measured paths has the map of x."""
-    if x.size(-1) == x.size(-2) and orthogonal_map != "householder":
-        return {"cayley": "cayley", "matrix_exp": "skew_exp"}[orthogonal_map]
-    return {"cayley": "tall_cayley", "matrix_exp": "tall_exp"}.get(orthogonal_map, orthogonal_map)
-
-
 def _columns(x: Tensor) -> int:
     return min(x.shape[-2:])
-
-
-def from_left_launches(
-    orthogonal_map: str, x: Tensor, *, based: bool = False
-) -> tuple[int, int] | None:
-    """How many kernels the map launches, forward and backward; of a tall x perhaps along a base."""
-    if x.size(-1) != x.size(-2) or orthogonal_map == "householder":
-        return _TALL[orthogonal_map].n_launches(tall(x), based=based)
-    return expm.n_launches(x, "skew") if orthogonal_map == "matrix_exp" else cayley.n_launches(x)
 
 
 def _orthogonal_launches(links: Sequence[nn.Module], x: Tensor) -> tuple[int, int] | None:
     link: Any = links[0]
     based = getattr(link, "base", None) is not None and x.size(-1) != x.size(-2)
     return from_left_launches(link.orthogonal_map, x, based=based)
-
-
-def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> str:
-    """Why ``from_left`` does not take a base, here not None, or x, or the empty string."""
-    if declined := _map_declines(orthogonal_map, x):
-        return declined
-    n = max(x.shape[-2:])
-    if base is None or base.shape != (*x.shape[:-2], n, n):
-        return "the base does not fit the original"
-    if base.device != x.device or base.dtype != x.dtype:
-        return "the base has not the original's device and dtype"
-    return ""
 
 
 def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -185,7 +108,7 @@ def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     orthogonal_map = link.orthogonal_map.name
     if hasattr(link, "base"):
         return from_left_declines(link.base, orthogonal_map, x)
-    return _map_declines(orthogonal_map, x)
+    return map_declines(orthogonal_map, x)
 
 
 def _torch_orthogonal_differs(links: Sequence[nn.Module], x: Tensor) -> str:
@@ -285,7 +208,7 @@ RULES = (
         declines=_orthogonal_declines,
         kernel_declines=_orthogonal_kernel_declines,
         size=_columns,
-        measured_as=lambda links, x: _measured_as(cast(Any, links[0]).orthogonal_map, x),
+        measured_as=lambda links, x: measured_as(cast(Any, links[0]).orthogonal_map, x),
         launches=_orthogonal_launches,
     ),
     Rule(
@@ -299,7 +222,7 @@ RULES = (
         size=_columns,
         # By itself: what torch composes is n×n.
         measured_as=lambda links, x: (
-            "torch_" + _measured_as(cast(Any, links[0]).orthogonal_map.name, x)
+            "torch_" + measured_as(cast(Any, links[0]).orthogonal_map.name, x)
         ),
         launches=lambda links, x: from_left_launches(cast(Any, links[0]).orthogonal_map.name, x),
         differs=_torch_orthogonal_differs,
@@ -310,7 +233,7 @@ RULES = (
         op=lambda links, x: _orthogonal(links, _gates(links, x)).flatten(0, 1),
         declines=_gates_decline,
         kernel_declines=lambda links, x: _orthogonal_kernel_declines(links, _gates(links, x)),
-        measured_as=lambda links, x: _measured_as(
+        measured_as=lambda links, x: measured_as(
             cast(Any, links[0]).orthogonal_map, _gates(links, x)
         ),
         launches=lambda links, x: _orthogonal_launches(links, _gates(links, x)),

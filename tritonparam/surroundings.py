@@ -20,7 +20,7 @@ import torch
 from tritonparam import configs, info, paths, tables
 
 Finding = tuple[str, str]
-OK, SKIPPED, FAILED = STATUSES = ("ok", "skipped", "failed")
+OK, SKIPPED, FAILED = ("ok", "skipped", "failed")
 OLDEST = {"python": (3, 10), "torch": (2, 11), "triton": (3, 6)}
 HERE = Path(__file__).resolve().parent
 
