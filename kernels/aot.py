@@ -79,7 +79,7 @@ def shipped(target: str) -> list[tuple]:
 
     Raises ValueError where the target is not named like one.
     """
-    backend = _gpu_target(target).backend
+    backend = gpu_target(target).backend
     return [row for module in MODULES for row in module.shipped(backend)]
 
 
@@ -87,31 +87,46 @@ def compile_kernel(name: str, kernel, types: dict, options: dict, target: str) -
     """Compile one @triton.jit function; `options` holds its constants and the launch options.
 
     `types` names the pointers' types, for example {"w_ptr": "*fp32"}; other arguments are i32. A
-    tuple of types is one argument, whose members are multiples of 16.
+    tuple of types is one argument, whose members are multiples of 16. Tensors are taken to be
+    aligned and below 2 GiB, as new ones are, where Triton asks: it changes what they compile to.
     """
     constants = {key: value for key, value in options.items() if key in kernel.arg_names}
     defaults = {p.name: p.default for p in kernel.params if p.has_default}
     constants = {**defaults, **constants}
     signature = dict.fromkeys(kernel.arg_names, "i32") | types
     signature |= dict.fromkeys(constants, "constexpr")
-    attrs = {
-        (kernel.arg_names.index(key), i): [["tt.divisibility", 16]]
-        for key, members in types.items()
-        if isinstance(members, tuple)
-        for i in range(len(members))
-    }
+    gpu = gpu_target(target)
+    attrs: dict[tuple, list] = {}
+    for i, parameter in enumerate(kernel.params):
+        kind = signature[parameter.name]
+        if isinstance(kind, tuple):
+            for j, member in enumerate(kind):
+                attrs[i, j] = _known(member, gpu, multiple=True)
+        else:
+            aligned = kind[0] == "*" and not parameter.do_not_specialize_on_alignment
+            attrs[(i,)] = _known(kind, gpu, multiple=aligned)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
     launch = {key: value for key, value in options.items() if key not in constants}
-    gpu = _gpu_target(target)
-    compiled = triton.compile(source, target=gpu, options=launch)
-    if gpu.backend == "hip":
+    return resources(name, triton.compile(source, gpu, launch), target)
+
+
+def _known(kind: str, gpu: GPUTarget, *, multiple: bool) -> list:
+    """What Triton tells the compiler of an argument."""
+    known: list = [["tt.divisibility", 16]] if multiple else []
+    return known + ([["tt.pointer_range", 32]] if kind[0] == "*" and gpu.backend == "hip" else [])
+
+
+def resources(name: str, compiled, target: str) -> Resources:
+    """What a kernel that was compiled for a target uses."""
+    if gpu_target(target).backend == "hip":
         regs, stack = _amdgcn_usage(compiled.asm["amdgcn"])
     else:
         regs, stack = _cubin_usage(compiled.asm["cubin"])
     return Resources(name, target, regs, stack, compiled.metadata.shared)
 
 
-def _gpu_target(name: str) -> GPUTarget:
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's name of a target; raises ValueError where it is not named like one."""
     if re.fullmatch(r"sm_\d{2,3}", name):
         return GPUTarget("cuda", int(name[3:]), 32)
     if re.fullmatch(r"gfx[0-9a-f]{3,4}", name):

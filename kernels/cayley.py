@@ -289,6 +289,6 @@ def shipped(backend: str) -> list[tuple]:
     for dtype in NAME:
         for n in (8, 16, 32, 64):
             rows += launches("fwd", "cayley", n, dtype, fwd_config(n, dtype, backend))
-        for n in (8, 16, 32, 64):
+        for n in (4, 8, 16, 32, 64):
             rows += launches("bwd", "cayley", n, dtype, bwd_config(n, dtype, backend))
     return rows

@@ -355,7 +355,7 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
 def shipped(backend: str) -> list[tuple]:
     """Default launches: with one and with several matrices to a tile, and what takes the most
     registers in 16 bits."""
-    sizes = [(n, torch.float32, phase) for n in (8, 16, 32) for phase in ("fwd", "bwd")]
+    sizes = [(n, torch.float32, phase) for n in (4, 8, 16, 32) for phase in ("fwd", "bwd")]
     sizes += [(8, torch.bfloat16, "bwd"), (16, torch.bfloat16, "fwd")]
     return [
         row

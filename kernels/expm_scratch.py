@@ -295,7 +295,7 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     wide = dtype == torch.float64 or backend == "hip"
     precision = "ieee" if wide else "tf32x3"
     if block == 16 and backend == "cuda":
-        return Config(block, block_k, precision, 2, maxnreg=128)  # with 80, ptxas spills
+        return Config(block, block_k, precision, 2, maxnreg=168)  # with 128, ptxas spills
     return Config(block, block_k, precision, 8 if block == 64 else 4)
 
 
