@@ -61,7 +61,7 @@ def require_target(target: str) -> None:
     What the project does not support is tried in a process of its own: LLVM ends the process
     where it does not know a GPU.
     """
-    _gpu_target(target)
+    gpu_target(target)
     if target in TARGETS:
         return
     code = f"from {__name__} import *; compile_kernel(*shipped({target!r})[0], {target!r})"

@@ -79,7 +79,7 @@ def test_what_gains_in_few_rounds_does_not_replace_the_default(file, monkeypatch
 
     def measure(step):
         step()
-        return next(composed) if registry.override() == "composed" else 1
+        return next(composed) if paths.override() == "composed" else 1
 
     (found,) = tp.tune(cayley(), file=file, clock=measure)
     assert (found.trials[1].ratio, found.trials[1].upper) == (0.9, 1.1)
@@ -93,7 +93,7 @@ def test_a_turn_is_its_fastest_step(file, monkeypatch):
 
     def measure(step):
         step()
-        return next(held_up) * (0.9e-5 if registry.override() == "composed" else 1e-5)
+        return next(held_up) * (0.9e-5 if paths.override() == "composed" else 1e-5)
 
     (found,) = tp.tune(cayley(), file=file, clock=measure)
     assert [t.microseconds for t in found.trials] == [pytest.approx(10), pytest.approx(9)]
