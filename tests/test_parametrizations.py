@@ -163,6 +163,8 @@ def test_orthogonal_refuses():
     for bad in (torch.full((6, 4), torch.nan), torch.full((6, 4), torch.inf)):
         with pytest.raises(tp.NoPreimage, match="must be finite"):
             layer.weight = bad
+    with pytest.raises(ValueError, match=r"shape \[6, 4\] as the base point has, got \[7, 4\]"):
+        layer.weight = torch.eye(7, 4)
     free = tp.orthogonal(nn.Linear(4, 4), "weight", "cayley", use_trivialization=False)
     with pytest.raises(tp.NoPreimage, match="use_trivialization=True"):
         free.weight = torch.eye(4)

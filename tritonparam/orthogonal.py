@@ -65,9 +65,15 @@ class Orthogonal(nn.Module):
         """The original of `q`, which becomes the base point; projected by QR if not orthonormal.
 
         Raises NoPreimage for entries that are not finite, and for the exponential and Cayley map
-        without a base point.
+        without a base point; ValueError for another shape than the base point's.
         """
         require_matrix("Orthogonal", q)
+        base = getattr(self, "base", None)
+        if base is not None and base.shape != q.shape:
+            raise ValueError(
+                f"Orthogonal: the tensor must have shape {list(base.shape)} as the base point has, "
+                f"got {list(q.shape)}; use a new Orthogonal()."
+            )
         require_finite("Orthogonal", q)
         if not self.use_trivialization and self.orthogonal_map != "householder":
             raise NoPreimage(
