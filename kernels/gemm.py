@@ -308,8 +308,8 @@ def launches(
 ) -> list[tuple]:
     """Launches with one configuration, for compiling ahead of time, as in `cayley.shipped`.
 
-    Every form with every operand and epilogue at once, none of them aligned: what a map launches
-    is part of it. A form goes with how its factors and c are stored, "t" by columns.
+    Every form with every operand and epilogue at once, and sizes that 16 does not divide: what a
+    map launches is part of it. A form goes with how its factors and c are stored, "t" by columns.
     """
     name = NAME[dtype]
     types = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr", "out_ptr"), f"*{name}")

@@ -53,10 +53,10 @@ def small(backend: str) -> Iterator[Callable]:
         yield partial(cayley.cayley_fwd, w, d, cayley.fwd_config(*numbers))
         yield partial(cayley.cayley_bwd, q, q, d, dtype, cayley.bwd_config(*numbers))
         kernels: Any = expm_scratch if n > 32 or dtype == torch.float64 else expm
-        config = kernels.config(n, q.dtype, backend)
+        fwd, bwd = (kernels.candidates(phase, n, q.dtype, backend)[0] for phase in ("fwd", "bwd"))
         for sign, x in itertools.product((-1, 1), (q, w) if dtype in HALVES else (w,)):
-            yield partial(kernels.expm_fwd, w, sign, config, x.dtype)
-            yield partial(kernels.expm_bwd, x, w, (), sign, config)
+            yield partial(kernels.expm_fwd, w, sign, fwd, x.dtype)
+            yield partial(kernels.expm_bwd, x, w, (), sign, bwd)
 
 
 def large(backend: str) -> Iterator[Callable]:

@@ -50,7 +50,8 @@ def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
     """The file of kernels that takes w, the sign that stands for the kind, the configuration."""
     n = w.size(-1)
     kernels = paths.kernels(kernel_file(n, w.dtype))
-    choice = (f"{kind}_exp", phase, w, kernels.config)
+    default = getattr(kernels, f"{phase}_config", kernels.config)
+    choice = (f"{kind}_exp", phase, w, default)
     config = configs.launch(*choice, n, compute_dtype(w.dtype), paths.backend())
     return kernels, _SIGN[kind], config
 
