@@ -300,10 +300,14 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
 
 
 def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
-    """The default of the backward: at n = 32 it spills with the warps of the forward."""
+    """The default of the backward, which at 32 spills with the forward's warps, in fp64, and at 64
+    with the registers that ptxas takes of itself, in 16 bits on sm_100."""
     default = config(n, dtype, backend)
-    wide = default.block == 32 and backend == "cuda"
-    return replace(default, num_warps=8) if wide else default
+    if default.block == 32 and backend == "cuda":
+        return replace(default, num_warps=8)
+    if default.precision == "tf32x3":
+        return replace(default, maxnreg=128)
+    return default
 
 
 def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
