@@ -72,12 +72,11 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     The base is n×n with n the larger side of x; of the map only k columns are made. 16-bit
     originals are rounded once.
     """
-    y = tall(x)
+    y, dtype = tall(x), x.dtype
     if base is not None:
-        dtype = compute_dtype(x.dtype)
-        y, base = cast_to(y, dtype), cast_to(base, dtype)
+        y, base = cast_to(y, compute_dtype(dtype)), cast_to(base, compute_dtype(dtype))
     q = _FREE[orthogonal_map](y, base)
-    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), x.dtype)
+    return cast_to(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), dtype)
 
 
 def _exp(x: Tensor, left: Tensor | None) -> Tensor:
@@ -87,6 +86,8 @@ def _exp(x: Tensor, left: Tensor | None) -> Tensor:
 
 
 def _cayley(x: Tensor, left: Tensor | None) -> Tensor:
+    if cayley.is_few(x):
+        return cayley.cayley_of_few(x, left)
     if x.size(-1) != x.size(-2):
         return tall_cayley.tall_cayley(x, left=left)
     # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
@@ -119,7 +120,7 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
 def _map_declines(orthogonal_map: str, x: Tensor) -> str:
     if x.dim() < 2:
         return "the original is not a matrix"
-    if x.device.type == "mps" and orthogonal_map != "matrix_exp":
+    if orthogonal_map != "matrix_exp" and not x.is_cpu and x.device.type == "mps":
         return "the map needs fp64 inside, which the device has not"
     return ""
 
@@ -166,23 +167,30 @@ def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> s
     """Why ``from_left`` does not take a base, here not None, or x, or the empty string."""
     if declined := _map_declines(orthogonal_map, x):
         return declined
-    n = max(x.shape[-2:])
-    if base is None or base.shape != (*x.shape[:-2], n, n):
+    *batch, n, k = x.shape
+    n = max(n, k)
+    if base is None or base.shape != (*batch, n, n):
         return "the base does not fit the original"
-    if base.device != x.device or base.dtype != x.dtype:
+    if not same_device(base, x) or base.dtype != x.dtype:
         return "the base has not the original's device and dtype"
     return ""
 
 
+def _has_base(link: Any) -> bool:
+    # The module's own lookup is slower.
+    return "base" in link._buffers or "base" in link.__dict__ or "base" in link._parameters
+
+
 def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     link: Any = links[0]
-    return from_left(getattr(link, "base", None), link.orthogonal_map.name, x)
+    base = link.base if _has_base(link) else None
+    return from_left(base, link.orthogonal_map._name_, x)
 
 
 def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     link: Any = links[0]
-    orthogonal_map = link.orthogonal_map.name
-    if hasattr(link, "base"):
+    orthogonal_map = link.orthogonal_map._name_
+    if _has_base(link):
         return from_left_declines(link.base, orthogonal_map, x)
     return _map_declines(orthogonal_map, x)
 
@@ -204,10 +212,10 @@ def _gates_decline(links: Sequence[nn.Module], x: Tensor) -> str:
 
 
 def _weight_norm_declines(links: Sequence[nn.Module], g: Tensor, v: Tensor) -> str:
-    dim = weight_norm.dim_of(links[0], v)
-    if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
+    dim, dtype = weight_norm.dim_of(links[0], v), v.dtype
+    if not -1 <= dim < v.dim() or g.dtype != dtype or not same_device(g, v):
         return "the norms do not fit the directions"
-    if dim == -1 and compute_dtype(v.dtype) != v.dtype:
+    if dim == -1 and compute_dtype(dtype) != dtype:
         # torch rounds this norm, and this one only, and so leaves a weight as it was registered.
         return "one norm for a whole tensor of 16 bits is rounded as torch does it"
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
