@@ -84,14 +84,21 @@ class EagerMap:
 
     def __call__(self, *args: Any) -> Tensor:
         """The map's value, differentiable in the leading arguments."""
-        dtype = args[self.like].dtype
         if self._operator is not None and torch.compiler.is_compiling():
-            return self._operator(*args).to(dtype)
+            return self._operator(*args).to(args[self.like].dtype)
+        return self._eager(None, args)
+
+    def _eager(self, base: Tensor | None, args: tuple[Any, ...]) -> Tensor:
         if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, args[: self.n_gradients])):
-            y = _Function.apply(self, *self.own(args))
+            y = _Function.apply(self, base, *self.own(args))
         else:
-            y, _ = without_autocast(args[0], self.forward, *args)
-        return cast(y, dtype)
+            y, _ = without_autocast(args[0], self.from_left, base, *args)
+        return cast(y, args[self.like].dtype)
+
+    def from_left(self, base: Tensor | None, *args: Any) -> tuple[Tensor, Any]:
+        """``forward``, multiplied from the left by a base that is not None."""
+        y, saved = self.forward(*args)
+        return (y if base is None else base @ y), saved
 
     def own(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, of which nobody can change what is saved."""
@@ -102,11 +109,13 @@ class EagerMap:
         """``base @ value`` for a base [..., m, n] without gradient; None: the value.
 
         A product of torch's own would be differentiated under the autocast of the backward pass.
+        It is a part of the map, unless its graph is made of the value, which is then no output.
         """
-        value = self(*args)
         if base is None:
-            return value
-        return base @ value if torch.compiler.is_compiling() else _product(value, base)
+            return self(*args)
+        if torch.compiler.is_compiling():
+            return base @ self(*args)
+        return self._eager(base, args) if self.keeps else _product(self(*args), base)
 
 
 def _from_base(g: Tensor, saved: Saved, dtype: torch.dtype) -> Gradients:
@@ -206,12 +215,12 @@ class FusedMap(EagerMap):
 
 
 class _Function(torch.autograd.Function):
-    """The eager door: EagerMap, arguments -> the value in the compute dtype."""
+    """The eager door: EagerMap, base or None, arguments -> the value in the compute dtype."""
 
     @staticmethod
-    def forward(ctx: Any, fused: EagerMap, *args: Any) -> Tensor:
-        y, saved = without_autocast(args[0], fused.forward, *args)
-        ctx.save_for_backward(*saved)
+    def forward(ctx: Any, fused: EagerMap, base: Tensor | None, *args: Any) -> Tensor:
+        y, saved = without_autocast(args[0], fused.from_left, base, *args)
+        ctx.save_for_backward(base, *saved)
         dtypes = tuple(map(_DTYPE, args[: fused.n_gradients]))
         ctx.call = fused, dtypes, args[fused.n_tensors :], len(args) - fused.n_gradients
         return y
@@ -219,7 +228,13 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         fused, dtypes, numbers, n_rest = ctx.call
-        # create_graph=True: differentiate the formula itself
-        gradients = fused.graph if torch.is_grad_enabled() else fused.backward
-        grads = without_autocast(g, gradients, g, ctx.saved_tensors, dtypes[0], *numbers)
-        return (None, *map(cast, grads, dtypes), *[None] * n_rest)
+        grads = without_autocast(g, _gradients, fused, g, ctx.saved_tensors, dtypes[0], *numbers)
+        return (None, None, *map(cast, grads, dtypes), *[None] * n_rest)
+
+
+def _gradients(fused: EagerMap, g: Tensor, saved: Saved, *rest: Any) -> Gradients:
+    base, saved = saved[0], saved[1:]
+    if base is not None:
+        g = base.mT @ g
+    # create_graph=True: differentiate the formula itself
+    return (fused.graph if torch.is_grad_enabled() else fused.backward)(g, saved, *rest)

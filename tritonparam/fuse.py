@@ -100,15 +100,19 @@ def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
     """The originals of a list, in the order in which its first link takes them."""
     known: dict[str, Any] = plist._parameters
     try:  # the module's own lookup is slower
-        if plist.is_tensor:
-            return (known["original"],)
-        return tuple([known[f"original{i}"] for i in range(plist.ntensors)])
+        return tuple([known[name] for name in _original_names(plist)])
     except KeyError:
         return tuple([getattr(plist, name) for name in _original_names(plist)])
 
 
-def _original_names(plist: ParametrizationList) -> list[str]:
-    return ["original"] if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
+def _original_names(plist: ParametrizationList) -> Sequence[str]:
+    if plist.is_tensor:
+        return ("original",)
+    n = plist.ntensors
+    return _PAIR if n == 2 else [f"original{i}" for i in range(n)]
+
+
+_PAIR = "original0", "original1"
 
 
 def swap_originals(plist: ParametrizationList, new: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonparam.numerics import cast, compute_dtype
+from tritonparam.numerics import cast, compute_dtype, same_device
 from tritonparam.ops import cayley, expm, householder, tall_cayley, tall_expm
 from tritonparam.orthogonal import tall
 
@@ -16,6 +16,8 @@ def _exp(x: Tensor, left: Tensor | None) -> Tensor:
 
 
 def _cayley(x: Tensor, left: Tensor | None) -> Tensor:
+    if cayley.is_few(x):
+        return cayley.cayley_of_few(x, left)
     if x.size(-1) != x.size(-2):
         return tall_cayley.tall_cayley(x, left=left)
     # (I - A/2)⁻¹ (I + A/2) with A = tril(X) - tril(X)ᵀ, where Skew keeps the upper triangle.
@@ -41,12 +43,11 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     The base is n×n with n the larger side of x; of the map only k columns are made. 16-bit
     originals are rounded once.
     """
-    y = tall(x)
+    y, dtype = tall(x), x.dtype
     if base is not None:
-        dtype = compute_dtype(x.dtype)
-        y, base = cast(y, dtype), cast(base, dtype)
+        y, base = cast(y, compute_dtype(dtype)), cast(base, compute_dtype(dtype))
     q = _FREE[orthogonal_map](y, base)
-    return cast(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), x.dtype)
+    return cast(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), dtype)
 
 
 def at_base(base: Tensor, orthogonal_map: str, x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def map_declines(orthogonal_map: str, x: Tensor) -> str:
     """Why the map does not take x, or the empty string."""
     if x.dim() < 2:
         return "the original is not a matrix"
-    if x.device.type == "mps" and orthogonal_map != "matrix_exp":
+    if orthogonal_map != "matrix_exp" and not x.is_cpu and x.device.type == "mps":
         return "the map needs fp64 inside, which the device has not"
     return ""
 
@@ -68,10 +69,11 @@ def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> s
     """Why ``from_left`` does not take a base, here not None, or x, or the empty string."""
     if declined := map_declines(orthogonal_map, x):
         return declined
-    n = max(x.shape[-2:])
-    if base is None or base.shape != (*x.shape[:-2], n, n):
+    *batch, n, k = x.shape
+    n = max(n, k)
+    if base is None or base.shape != (*batch, n, n):
         return "the base does not fit the original"
-    if base.device != x.device or base.dtype != x.dtype:
+    if not same_device(base, x) or base.dtype != x.dtype:
         return "the base has not the original's device and dtype"
     return ""
 

@@ -98,15 +98,21 @@ def _orthogonal_launches(links: Sequence[nn.Module], x: Tensor) -> tuple[int, in
     return from_left_launches(link.orthogonal_map, x, based=based)
 
 
+def _has_base(link: Any) -> bool:
+    # The module's own lookup is slower.
+    return "base" in link._buffers or "base" in link.__dict__ or "base" in link._parameters
+
+
 def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     link: Any = links[0]
-    return from_left(getattr(link, "base", None), link.orthogonal_map.name, x)
+    base = link.base if _has_base(link) else None
+    return from_left(base, link.orthogonal_map._name_, x)
 
 
 def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     link: Any = links[0]
-    orthogonal_map = link.orthogonal_map.name
-    if hasattr(link, "base"):
+    orthogonal_map = link.orthogonal_map._name_
+    if _has_base(link):
         return from_left_declines(link.base, orthogonal_map, x)
     return map_declines(orthogonal_map, x)
 
@@ -131,10 +137,10 @@ def _weight_norm_declines(links: Sequence[nn.Module], *xs: Tensor) -> str:
     if len(xs) != 2:
         return "weight norm is not the first link, which gets norms and directions"
     g, v = xs
-    dim = weight_norm.dim_of(links[0], v)
-    if not -1 <= dim < v.dim() or g.dtype != v.dtype or not same_device(g, v):
+    dim, dtype = weight_norm.dim_of(links[0], v), v.dtype
+    if not -1 <= dim < v.dim() or g.dtype != dtype or not same_device(g, v):
         return "the norms do not fit the directions"
-    if dim == -1 and compute_dtype(v.dtype) != v.dtype:
+    if dim == -1 and compute_dtype(dtype) != dtype:
         # torch rounds this norm, and this one only, and so leaves a weight as it was registered.
         return "one norm for a whole tensor of 16 bits is rounded as torch does it"
     return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"

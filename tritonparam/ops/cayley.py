@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonparam import configs, paths
-from tritonparam.autograd import FusedMap, Saved
+from tritonparam.autograd import EagerMap, FusedMap, Saved
 from tritonparam.numerics import cast, compute_dtype, inverse_definite
 from tritonparam.together import stacked
 
@@ -154,6 +154,67 @@ def skew_cayley(w: Tensor, signature: Tensor, left: Tensor | None = None) -> Ten
         A fresh contiguous tensor of w's shape and dtype, twice differentiable in w.
     """
     return _skew_cayley.left(left, w, signature)
+
+
+# torch's (I - A/2)⁻¹ (I + A/2) with A = L - Lᵀ and L = tril(x, -1), of few rows.
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether ``cayley_of_few`` takes x, [n, k] with n >= k, here and now."""
+    return (
+        x.is_cpu
+        and x.dim() == 2
+        and x.numel() > 0
+        and x.size(0) <= _FEW
+        and paths.override() != "kernel"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _rotation(x: Tensor) -> Tensor:
+    # Qᵀ = S⁻¹ Sᵀ with S = 2I + A, by columns as LAPACK makes it.
+    n, k = x.shape
+    lower = x.tril(-1)
+    if k < n:
+        lower = torch.constant_pad_nd(lower, (0, n - k))
+    s = (lower - lower.mT).fill_diagonal_(2)
+    return torch.linalg.solve_ex(s, s.mT)[0].mT
+
+
+def _few_fwd(x: Tensor) -> tuple[Tensor, Saved]:
+    paths.count("closed")
+    x = cast(x, compute_dtype(x.dtype))
+    q = _rotation(x)
+    k = x.size(1)
+    return (q if k == x.size(0) else q[:, :k].contiguous()), (x, q)
+
+
+def _few_bwd(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    # dL = tril(Z - Zᵀ, -1) with Z = (I + Q)ᵀ G (I + Q)ᵀ / 4, G and the second Q of k columns.
+    q, k = saved[1], g.size(1)
+    t = torch.addmm(g, q.mT, g, beta=0.25, alpha=0.25)
+    if k == q.size(0):
+        z = torch.addmm(t, t, q.mT)
+        return ((z - z.mT).tril_(-1),)
+    z = t.mm(q[:, :k].mT)
+    z[:, :k] += t
+    return ((z - z.mT)[:, :k].tril(-1),)
+
+
+def _few_graph(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
+    return _few_bwd(g, (saved[0], _rotation(saved[0])), dtype)
+
+
+_of_few = EagerMap(_few_fwd, _few_bwd, _few_graph, n_tensors=1, keeps=True)
+
+
+def cayley_of_few(x: Tensor, left: Tensor | None = None) -> Tensor:
+    """The first k columns of torch's Cayley map of a small x, [n, k], multiplied from the left.
+
+    It is the map of ``torch.nn.utils.parametrizations.orthogonal`` in as few operators as it takes,
+    which is what counts here; `left` and the result are as for ``skew_cayley``.
+    """
+    return _of_few.left(left, x)
 
 
 def skew_cayleys(calls: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

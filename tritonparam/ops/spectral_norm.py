@@ -149,6 +149,7 @@ _divide = FusedMap(
 )
 
 
+_FEW = 4096  # numbers, up to which torch's own graph takes less time than a function of ours
 Call = tuple[Tensor, Tensor, Tensor, int, int, float]
 
 
@@ -212,12 +213,17 @@ def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations."""
+    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations.
+
+    σ has the graph of W, if that has one.
+    """
     if not steps(link)[0]:
         # Copies: the buffers may change between this read and its backward pass.
         u, v = cast(link._u.clone(), w.dtype), cast(link._v.clone(), w.dtype)
         return u, v, torch.dot(u, torch.mv(w, v))
-    u, v, q = _iterate(link, w)
+    u, v, q = _iterate(link, w.detach())
+    if w.requires_grad and torch.is_grad_enabled():
+        return u, v, torch.dot(u, torch.mv(w, v))
     return u, v, torch.dot(q, v)  # qᵀ v = uᵀ W v, without a third product
 
 
@@ -297,5 +303,10 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             paths.count("closed")
         return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
-    u, v, sigma = without_autocast(w, _power_iteration, link, _matrix(x.detach(), link.dim))
-    return cast(_divide(x, u, v, sigma, link.dim), w.dtype)
+    few = w.is_cpu and w.numel() <= _FEW and not torch.compiler.is_compiling()
+    matrix = _matrix(x if few else x.detach(), link.dim)
+    u, v, sigma = without_autocast(w, _power_iteration, link, matrix)
+    if few and sigma.item():  # on the CPU nobody waits; of a σ of 0 torch's gradient is NaN
+        paths.count("closed")
+        return cast(x / sigma, w.dtype)
+    return cast(_divide(x, u, v, sigma.detach(), link.dim), w.dtype)

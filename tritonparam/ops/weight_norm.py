@@ -75,6 +75,7 @@ def _fused(v: Tensor, dim: int) -> bool:
 
 
 Call = tuple[Tensor, Tensor, int, bool]
+_FEW = 4096  # numbers, up to which the number of operators is what counts
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -196,16 +197,38 @@ def _graph(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded: bo
 
 
 def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
-    """The value with the graph of torch's own operator, the least that costs; or None.
+    """The value with the graph of torch's own operators, the least that costs; or None.
 
-    None where it does not take them, or a norm is 0 or NaN. A pass that is itself to be
-    differentiated gets the gradients of ``_graph``, by a hook, which would not see what hooks on
-    saved tensors make of them.
+    None where it does not take them, or a norm is 0 or NaN.
     """
-    if not (_fused(v, dim) and v.is_contiguous() and g.is_contiguous()) or _saved_hooks(True):
+    if not (v.is_contiguous() and g.is_contiguous()):
+        return None
+    if _fused(v, dim):
+        w = _torchs_own(g, v, dim)
+    elif dim == -1 and 0 < v.numel() <= _FEW and compute_dtype(v.dtype) == v.dtype:
+        norm = torch.norm_except_dim(v, 2, dim)
+        w = v * (g / norm) if _is_positive(norm) else None
+    else:
+        return None
+    if w is not None:
+        paths.count("closed")
+    return w
+
+
+def _is_positive(norm: Tensor) -> bool:
+    return norm.min().item() > 0  # on the CPU nobody waits for this
+
+
+def _torchs_own(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
+    """By one operator, for a dimension that it takes.
+
+    A pass that is itself to be differentiated gets the gradients of ``_graph``, by a hook, which
+    would not see what hooks on saved tensors make of them.
+    """
+    if _saved_hooks(True):
         return None
     w, norm = _torch_forward(v, g, dim)
-    if not norm.min().item() > 0:  # on the CPU nobody waits for this
+    if not _is_positive(norm):
         return None
     if w.requires_grad:
 
@@ -217,7 +240,6 @@ def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
             return tuple(y if x is not None else None for x, y in zip(grads, ours, strict=True))
 
         w.grad_fn.register_hook(differentiable)
-    paths.count("closed")
     return w
 
 
