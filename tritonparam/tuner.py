@@ -129,8 +129,8 @@ def tune(
             "tune: the model has no weight whose whole chain a rule takes; "
             "call tritonparam.fuse(model), and explain(model) says why not."
         )
-    known = {} if again else tables.read(file)
-    new = [kinds[key] for key in kinds if key not in known]
+    known = tables.read(file)
+    new = [kinds[key] for key in kinds if again or key not in known]
     if new:
         tables.require_writable(file)
     found = []
