@@ -103,9 +103,9 @@ def test_a_turn_is_its_fastest_step(file, monkeypatch):
 
 
 def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
-    """From the middle of the third round on, steps take three times as long."""
-    monkeypatch.setattr(trials, "LEAST", 5)
-    monkeypatch.setattr(trials, "MOST", 5)
+    """From the middle of the fifth round on, steps take three times as long."""
+    monkeypatch.setattr(trials, "LEAST", 8)
+    monkeypatch.setattr(trials, "MOST", 8)
     turns = []
 
     def slower(step):
@@ -114,11 +114,11 @@ def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
             return 1e-6  # a copy, for the floor
         turns.append(registry.override())
         seconds = 0.9e-5 if turns[-1] == "composed" else 1e-5
-        return seconds if len(turns) <= 2 + 2 * 2 + 1 else 3 * seconds
+        return seconds if len(turns) <= 2 + 4 * 2 + 1 else 3 * seconds
 
     (found,) = tp.tune(cayley(), file=file, clock=slower)
     there, back = ["closed", "composed"], ["composed", "closed"]
-    assert turns == there + there + back + there + back + there
+    assert turns == there + 4 * (there + back)
     closed, composed = found.trials
     assert closed.microseconds < composed.microseconds  # the medians, each by itself
     assert (closed.ratio, composed.ratio) == (1, pytest.approx(0.9))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ class Trial:
             most that a launch of it takes; None where nothing was compiled.
         microseconds: of forward and backward, or None where it was not measured.
         ratio: of its time to the default's in the same round, the median over rounds.
-        upper: of these ratios, the upper quartile.
+        upper: of these ratios, about the upper quartile, or the largest of few.
         reason: why it was discarded, or the empty string.
     """
 
@@ -191,7 +190,7 @@ class Weight(Reading):
                 trial,
                 microseconds=1e6 * statistics.median(mine),
                 ratio=statistics.median(ratios),
-                upper=ratios[math.ceil(0.75 * (len(ratios) - 1))],
+                upper=ratios[-max(len(ratios) // 4, 1)],
             )
 
         return [t if t.reason else with_times(t) for t in trials]
