@@ -98,12 +98,14 @@ def test_a_turn_is_its_fastest_step(file, monkeypatch):
     (found,) = tp.tune(cayley(), file=file, clock=measure)
     assert [t.microseconds for t in found.trials] == [pytest.approx(10), pytest.approx(9)]
     assert found.row["path"] == "composed"
+    steps = iter([0.4, 0.3, 0.2])
+    assert trials.fastest(lambda step: next(steps), None) == 0.3  # there is no time for a third
 
 
 def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
-    """From the middle of the third round on, steps take three times as long."""
-    monkeypatch.setattr(trials, "LEAST", 5)
-    monkeypatch.setattr(trials, "MOST", 5)
+    """From the middle of the fifth round on, steps take three times as long."""
+    monkeypatch.setattr(trials, "LEAST", 8)
+    monkeypatch.setattr(trials, "MOST", 8)
     turns = []
 
     def slower(step):
@@ -112,11 +114,11 @@ def test_what_slows_the_machine_down_does_not_choose(file, monkeypatch):
             return 1e-6  # a copy, for the floor
         turns.append(paths.override())
         seconds = 0.9e-5 if turns[-1] == "composed" else 1e-5
-        return seconds if len(turns) <= 2 + 2 * 2 + 1 else 3 * seconds
+        return seconds if len(turns) <= 2 + 4 * 2 + 1 else 3 * seconds
 
     (found,) = tp.tune(cayley(), file=file, clock=slower)
     there, back = ["closed", "composed"], ["composed", "closed"]
-    assert turns == there + there + back + there + back + there
+    assert turns == there + 4 * (there + back)
     closed, composed = found.trials
     assert closed.microseconds < composed.microseconds  # the medians, each by itself
     assert (closed.ratio, composed.ratio) == (1, pytest.approx(0.9))
@@ -401,6 +403,14 @@ def test_a_target_that_is_none_is_refused_before_anything_is_compiled(run):
     result = run("--static", "--chain", "cayley", "--n", "8", "--target", "hopper")
     assert result.exit_code == 2
     assert "target must be like sm_90 or gfx942, got 'hopper'" in " ".join(result.output.split())
+
+
+def test_a_corrupt_table_is_one_warning_and_a_fresh_start(file):
+    file.write_text("{")
+    with pytest.warns(UserWarning, match="is not used") as said:
+        tp.tune(cayley(), file=file, clock=clock(), again=True)
+    assert len(said) == 1
+    assert len(tables.read(file)) == 1
 
 
 def test_a_table_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path):

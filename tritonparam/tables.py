@@ -200,7 +200,9 @@ def store(rows: Iterable[Row], file: Path) -> None:
 def require_writable(file: Path) -> None:
     """Raise ValueError where a table cannot be stored, before time is spent on what it is for."""
     try:
-        store([], file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is there, who reads it has warned
+            store([], file)
     except OSError as error:
         raise ValueError(
             f"tune: the table {file} cannot be written ({error.strerror}); change its permissions, "

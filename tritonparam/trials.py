@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from tritonparam.rules import KERNELS
 Clock = Callable[[Callable[[], object]], float]
 PHASES = ("fwd", "bwd")
 STEPS = 5  # of a turn, which is the fastest of them: what else a machine does only adds to a time
+LONGEST_TURN = 0.5  # seconds after which no step of a turn begins
 # Rounds, in which every trial has a turn, and the seconds after which none beyond the least begins.
 LEAST, MOST, SECONDS = 5, 50, 10.0
 
@@ -37,7 +37,7 @@ class Trial:
             most that a launch of it takes; None where nothing was compiled.
         microseconds: of forward and backward, or None where it was not measured.
         ratio: of its time to the default's in the same round, the median over rounds.
-        upper: of these ratios, the upper quartile.
+        upper: of these ratios, about the upper quartile, or the largest of few.
         reason: why it was discarded, or the empty string.
     """
 
@@ -190,7 +190,7 @@ class Weight(Reading):
                 trial,
                 microseconds=1e6 * statistics.median(mine),
                 ratio=statistics.median(ratios),
-                upper=ratios[math.ceil(0.75 * (len(ratios) - 1))],
+                upper=ratios[-max(len(ratios) // 4, 1)],
             )
 
         return [t if t.reason else with_times(t) for t in trials]
@@ -207,8 +207,11 @@ def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
 
 
 def fastest(clock: Clock, step: Callable[[], object]) -> float:
-    """Of some steps, in seconds."""
-    return min(clock(step) for _ in range(STEPS))
+    """Of some steps, or of those that a turn has time for, in seconds."""
+    seconds = [clock(step)]
+    while len(seconds) < STEPS and sum(seconds) < LONGEST_TURN:
+        seconds.append(clock(step))
+    return min(seconds)
 
 
 def clock_of(device: torch.device) -> Clock:
