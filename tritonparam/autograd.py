@@ -43,6 +43,17 @@ def one_by_one(gradients: Callable[..., Gradients]) -> Callable[..., Gradients]:
     return each
 
 
+def own_value(y: Tensor, saved: Saved) -> Tensor:
+    """The value y as no view, which autograd would not let a caller write to: ``weight.mul_(2)``.
+
+    A view of what is saved stays one: its version tells the backward pass of such a write.
+    """
+    base = y._base
+    if base is None or any(x is not None and (x is base or x._base is base) for x in saved):
+        return y
+    return y.data
+
+
 class EagerMap:
     """A map of tensors to one tensor, with its own derivative; called like a function.
 
@@ -220,6 +231,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fused: EagerMap, base: Tensor | None, *args: Any) -> Tensor:
         y, saved = without_autocast(args[0], fused.from_left, base, *args)
+        y = own_value(y, saved)
         ctx.save_for_backward(base, *saved)
         dtypes = tuple(map(_DTYPE, args[: fused.n_gradients]))
         ctx.call = fused, dtypes, args[fused.n_tensors :], len(args) - fused.n_gradients

@@ -150,7 +150,8 @@ def fuse(model: nn.Module, *, strict: bool = False, legacy: bool = False) -> nn.
         strict: raise instead if a chain stays composed.
         legacy: convert the weights of the legacy ``torch.nn.utils.spectral_norm`` and
             ``weight_norm``, which a hook computes, to parametrizations, keys of the state_dict
-            included. The parameter objects stay, and checkpoints of the legacy model load.
+            included. The parameter objects stay, and checkpoints of the legacy model load;
+            ``remove_parametrizations`` then does what ``torch.nn.utils.remove_weight_norm`` did.
 
     Returns:
         The model.
