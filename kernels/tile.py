@@ -18,7 +18,7 @@ def power_of_two(k):
 
 @triton.jit
 def growth_of(mu, last):
-    """e^(mu / 2^last), rounded once: squarings double its error, and a GPU's own is 2 ulp in fp32."""
+    """e^(mu / 2^last), rounded once: squarings double its error, and a GPU is 2 ulp off in fp32."""
     return tl.exp((mu * power_of_two(-last)).to(tl.float64)).to(mu.dtype)
 
 
