@@ -16,6 +16,7 @@ from tritonparam.kernels.launch import NAME, flatten, launch, packing, slot
 from tritonparam.kernels.tile import (
     choose,
     exponent,
+    growth_of,
     max_each,
     max_of,
     places,
@@ -148,7 +149,7 @@ def _expm_fwd_kernel(
     # amplified, later exp(A - mu I) could have overflown.
     last = tl.minimum(left, 3)
     if SIGN == 1:
-        growth = tl.exp(mu * power_of_two(-last))
+        growth = growth_of(mu, last)
         y = y * tl.where(left == last, growth, 1.0)
     for done in range(0, max_of(left)):
         z = tl.dot(y, y, input_precision=PRECISION)
@@ -208,7 +209,7 @@ def _expm_bwd_kernel(
     m = product(tl.trans(z), m, same, SLOT, PRECISION)
     last = tl.minimum(left, 3)
     if SIGN == 1:
-        growth = tl.exp(mu * power_of_two(-last))
+        growth = growth_of(mu, last)
         m = 0.5 * (m + tl.trans(m)) * tl.where(left == 0, growth, 1.0)
     for done in range(0, max_of(left)):
         z_next = tl.dot(z, z, input_precision=PRECISION)  # Z_h in the first round

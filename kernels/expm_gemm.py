@@ -18,7 +18,7 @@ from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
 from tritonparam.kernels.mirror import launches as square_launches
 from tritonparam.kernels.mirror import skew_square, symmetric_square
-from tritonparam.kernels.tile import exponent, power_of_two
+from tritonparam.kernels.tile import exponent, growth_of, power_of_two
 
 # Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
 ROUNDS = 12
@@ -71,7 +71,7 @@ def _schedule_kernel(
         tl.store(schedule_ptr + 4, sigma)
     else:
         last = tl.minimum(s, 3)
-        growth = tl.exp(tl.load(mu_ptr + matrix) * power_of_two(-last))
+        growth = growth_of(tl.load(mu_ptr + matrix), last)
         tl.store(schedule_ptr + 2, fourth * tl.where(s == last, growth, 1.0))
         tl.store(schedule_ptr + 4, 2.0 * sigma)
         for q in tl.static_range(4):
@@ -124,7 +124,10 @@ def _blocks_kernel(
 
 
 def prepare(w: torch.Tensor, sign: int, config: Config) -> tuple[torch.Tensor, ...]:
-    """What `expm_bwd` needs: the first active round, the schedule, A, A^2, A^4 and A^3."""
+    """What `expm_bwd` needs: the first active round, the schedule, A, A^2, A^4 and A^3; of an empty
+    batch nothing."""
+    if w.numel() == 0:
+        return ()
     w = w.reshape(-1, *w.shape[-2:])
     mu = None
     if sign == -1:

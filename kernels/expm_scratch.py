@@ -16,7 +16,7 @@ import triton.language as tl
 from tritonparam.kernels.even_odd import EVEN_ODD, doublings
 from tritonparam.kernels.launch import NAME, compute_dtype, launch
 from tritonparam.kernels.scratch import one_of, put, rows_of, times
-from tritonparam.kernels.tile import exponent, power_of_two
+from tritonparam.kernels.tile import exponent, growth_of, power_of_two
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def _expm_fwd_kernel(
     left = _blocks(tile_ptr, n_cols, down, 1.0, SIGN, EVEN, ODD, BLOCK, BLOCK_K, PRECISION)
     # e^mu is multiplied on before the last three squarings at most, as in `expm`.
     last = tl.minimum(left, 3)
-    growth = tl.exp(mu * power_of_two(-last))
+    growth = growth_of(mu, last)
     z_ptr = tile_ptr + (STEPS + 2) * AREA
     free_ptr = tile_ptr + (STEPS + 3) * AREA
     for i in range(STEPS + left):
@@ -207,7 +207,7 @@ def _expm_bwd_kernel(
     # A^T / 2 = SIGN A / 2.
     left = _blocks(tile_ptr, n_cols, down, 0.5 * SIGN, SIGN, EVEN, ODD, BLOCK, BLOCK_K, PRECISION)
     last = tl.minimum(left, 3)
-    growth = tl.exp(mu * power_of_two(-last))
+    growth = growth_of(mu, last)
     x_ptr = tile_ptr + AREA
     fourth_ptr = tile_ptr + 2 * AREA
     z_ptr = tile_ptr + (STEPS + 2) * AREA

@@ -32,6 +32,13 @@ def test_fp64_stays_fp64(sign):
 
 
 @kinds
+def test_an_empty_batch_keeps_nothing(sign):
+    w, config = torch.empty(0, 100, 100, device=DEVICE), expm_gemm.config(100, torch.float32)
+    y, saved = expm_gemm.expm_fwd(w, sign, config)
+    assert (y.shape, saved) == (w.shape, expm_gemm.prepare(w, sign, config)) == (w.shape, ())
+
+
+@kinds
 def test_each_matrix_has_its_own_squarings(sign):
     w = torch.cat([original(7, norm, sign, 1) for norm in (0.1, 30.0, 3.0)])
     g = torch.randn(3, 7, 7)

@@ -101,6 +101,26 @@ def test_small_eigenvalues_keep_their_digits(mean):
     assert errors(run(w, torch.zeros(5, 9, 9), 1)[0], y).max() <= EPS * (1 - mean)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs Triton's interpreter")
+@pytest.mark.parametrize("kernels", ROUNDING)
+def test_squarings_do_not_amplify_the_error_of_an_exponential_in_fp32(kernels, monkeypatch):
+    # A GPU's is off by up to 2^-22, which three squarings make 2^-19.
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    exact = InterpreterBuilder.create_exp
+
+    def rough(self, x):
+        y = exact(self, x)
+        off = 2**-22 if y.data.itemsize < 8 else 0
+        return TensorHandle(y.data * y.data.dtype.type(1 + off), y.dtype)
+
+    w, g = original(4, 9.0, 1, 1) - 20 * torch.eye(4), torch.randn(1, 4, 4)
+    expected = run(w, g, 1, kernels)
+    monkeypatch.setattr(InterpreterBuilder, "create_exp", rough)
+    for x, y in zip(run(w, g, 1, kernels), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_fp32(dtype, sign):
