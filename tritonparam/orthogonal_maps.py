@@ -60,7 +60,7 @@ def map_declines(orthogonal_map: str, x: Tensor) -> str:
     """Why the map does not take x, or the empty string."""
     if x.dim() < 2:
         return "the original is not a matrix"
-    if orthogonal_map != "matrix_exp" and not x.is_cpu and x.device.type == "mps":
+    if orthogonal_map != "matrix_exp" and x.device.type == "mps":
         return "the map needs fp64 inside, which the device has not"
     return ""
 

@@ -167,6 +167,7 @@ def is_few(x: Tensor) -> bool:
         and x.numel() > 0
         and x.size(0) <= _FEW
         and paths.override() != "kernel"
+        and bool(paths.device_declines(x))
         and not torch.compiler.is_compiling()
     )
 

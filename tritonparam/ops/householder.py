@@ -20,20 +20,14 @@ Saved = tuple[Tensor, ...]
 _KERNELS = TallKernels("householder", max_k=256)  # one program inverts N
 kernel_declines, kernel_file = _KERNELS.declines, _KERNELS.kernel_file
 n_launches = _KERNELS.n_launches
-_FEW = 64  # rows of a matrix, up to which LAPACK's product takes less time than compact WY
-
-
-def _signs(x: Tensor) -> Tensor:
-    """d [..., k]; the sign of zero is +1, of what is not finite NaN."""
-    diagonal = x.detach().diagonal(dim1=-2, dim2=-1)
-    return 1 - 2 * (diagonal < 0) + 0 * diagonal
 
 
 def _vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """V [..., n, k] and d [..., k]."""
+    """V [..., n, k] and d [..., k]; the sign of zero is +1, of what is not finite NaN."""
     v = x.tril(-1)
     v.diagonal(dim1=-2, dim2=-1).fill_(1)
-    return v, _signs(x)
+    diagonal = x.detach().diagonal(dim1=-2, dim2=-1)
+    return v, 1 - 2 * (diagonal < 0) + 0 * diagonal
 
 
 def _factors(x: Tensor) -> Factors:
@@ -96,22 +90,9 @@ def _again(x: Tensor, n: Tensor, dtype: torch.dtype) -> Factors:
 
 
 def _closed(x: Tensor) -> tuple[Tensor, Saved]:
-    if x.is_cpu and x.dim() == 2 and x.numel() > 0 and x.size(0) <= _FEW:
-        return _product(x), (x,)
     factors = _factors(x.to(compute_dtype(x.dtype)))
     y = _small(factors)
     return _value(factors, y), (x, factors[2], y)
-
-
-def _product(x: Tensor) -> Tensor:
-    """Q of few rows by LAPACK, one reflector after another: in fp64, which takes no longer."""
-    lower = x.double().tril()
-    v = lower.tril(-1)
-    squares = v.square().sum(-2)
-    one = torch.dist(lower, lower).add_(1)  # or NaN where x is not finite
-    d = torch.copysign(one, lower.diagonal().add(0))  # the sign of -0 is +1 too
-    q = torch.linalg.householder_product(v, squares.add_(1).div_(2).reciprocal_()).mul_(d)
-    return q.to(compute_dtype(x.dtype), memory_format=torch.contiguous_format).contiguous()
 
 
 def _resume_closed(x: Tensor) -> Saved:
@@ -125,11 +106,9 @@ def _resume_closed_at(x: Tensor, base: Tensor) -> Saved:
 
 
 def _closed_at(x: Tensor, base: Tensor) -> tuple[Tensor, Saved]:
-    factors_of_x = _factors(x.to(compute_dtype(x.dtype)))
-    y = _small(factors_of_x)
-    q = _value(factors_of_x, y)
+    q, saved = _closed(x)
     factors = _factors(base.to(q.dtype))
-    return _at(factors, q), (x, base, factors_of_x[2], y, factors[2])
+    return _at(factors, q), (x, base, *saved[1:], factors[2])
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Saved]:
@@ -142,8 +121,6 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
         if dx := _KERNELS.backward("householder_bwd", g, x, None, tuple(more)):
             return dx
         saved = _resume_closed(x)
-    if len(saved) == 1:  # of few rows
-        saved = _resume_closed(*saved)
     x, n, y = saved
     return (_adjoint(g, _again(x, n, y.dtype), y),)
 
