@@ -18,11 +18,12 @@ except ImportError as error:
         f"{error}: install the project first, for example with pip install -e '.[test]'"
     ) from None
 
-from tests.interpreter import patch_once_a_launch
+from tests.interpreter import patch_once_a_launch, round_to_nearest
 from tests.on_gpu import of_this_process
 
 if os.environ.get("TRITON_INTERPRET"):
     patch_once_a_launch()
+    round_to_nearest()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

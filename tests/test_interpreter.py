@@ -1,4 +1,4 @@
-"""What the tests change in Triton's interpreter changes no result and is undone by each launch."""
+"""What the tests change in the interpreter: once a launch, undone after it; bf16 as on a GPU."""
 
 import inspect
 import os
@@ -51,3 +51,19 @@ def test_the_language_is_patched_once_a_launch(monkeypatch):
         assert {name: getattr(tl, name) for name in before} == before
         for name, member in tensor.items():
             assert name.startswith("__") or getattr(tl.tensor, name) == member
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr):
+    at = tl.arange(0, 1024)
+    tl.store(y_ptr + at, tl.load(x_ptr + at))
+
+
+def test_bf16_is_rounded_to_nearest():
+    special = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, float("inf"), -float("inf"), 1e-39]
+    x = torch.cat([torch.tensor([*special, float("nan")]), torch.randn(1015)])
+    y = torch.empty(1024, dtype=torch.bfloat16)
+    _copy[(1,)](x, y)
+    assert torch.equal(y[:-1016].view(torch.int16), x[:-1016].bfloat16().view(torch.int16))
+    assert y[8].isnan()
+    assert torch.equal(y[9:], x[9:].bfloat16())
