@@ -37,6 +37,10 @@ def _milliseconds(microseconds: float | None) -> str:
     return "–" if microseconds is None else f"{float(f'{microseconds / 1000:.3g}'):,g}"
 
 
+def _ratio(gain: float) -> str:
+    return f"{gain:,.0f}×" if gain >= 100 else f"{gain:.2f}×"
+
+
 def _size(row: Row) -> str:
     shape = row["shape"]
     return f"{len(shape)} layers" if isinstance(shape[0], list) else "×".join(map(str, shape))
@@ -105,7 +109,7 @@ def _gain(by: dict[str, Row]) -> str:
     """What is gained, the size, and the milliseconds of both."""
     ours = _ours(by)
     times = " → ".join(_milliseconds(row["median_us"]) for row in (by["composed"], ours))
-    return f"{ours['speedup_over_composed']:.2f}× at {_size(ours)}: {times} ms"
+    return f"{_ratio(ours['speedup_over_composed'])} at {_size(ours)}: {times} ms"
 
 
 def _times(rows: list[Row], floors: bool) -> list[str]:
@@ -115,7 +119,7 @@ def _times(rows: list[Row], floors: bool) -> list[str]:
         found = [by.get(c, {}) for c in CONTENDERS]
         cells = [case, *(_milliseconds(row.get("median_us")) for row in found)]
         gain = ours["speedup_over_composed"]
-        cells.append("–" if gain is None else f"{gain:.2f}×")
+        cells.append("–" if gain is None else _ratio(gain))
         if floors:
             cells.append(_milliseconds(ours.get("floor_us")))
         if "value_error" in ours:
@@ -154,7 +158,7 @@ def _peer(row: Row) -> str:
         return ""
     near = "≈ " if row.get("approximate") else ""
     error = row.get("constraint_error", row.get("value_error"))
-    return f"{_milliseconds(row['median_us'])}, {row['speedup_of_ours']:.2f}×, {near}{error:.0e}"
+    return f"{_milliseconds(row['median_us'])}, {_ratio(row['speedup_of_ours'])}, {near}{error:.0e}"
 
 
 def _forward_and_backward(row: Row) -> str:

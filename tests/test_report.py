@@ -60,6 +60,7 @@ def test_the_first_table_has_the_least_and_the_most_of_each_chain():
         "| cayley, graph | 3.00× at 8×8: 8 → 0.5 ms | – | 3e-07 (8e-07) |",
     ]
     assert report._milliseconds(3_970_400.0) == "3,970"
+    assert [report._ratio(x) for x in (0.954, 99.5, 1307.0)] == ["0.95×", "99.50×", "1,307×"]
 
 
 def test_the_line_of_the_machine(monkeypatch):
