@@ -222,17 +222,29 @@ def test_a_chain_takes_the_path_of_the_table(write, monkeypatch, chain, link):
     assert tp.stats(reset=True)["closed"] == 1
     assert "the closed form was measured faster at n = 4" in tp.explain(layer)[0].reason
 
+    monkeypatch.setattr(tp.paths, "kernels", pytest.fail)
+    write(row | {"path": "closed", "dtype": "bfloat16", "batch": 2})
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 4, 4, dtype=torch.bfloat16))
+    tp.register_parametrization(layer, "weight", tp.Skew(), link())
+    layer.weight.sum().backward()
 
-def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch):
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch, dtype):
     kernels = pytest.importorskip("tritonparam.kernels.cayley")
     launched = []
-    launch = configs.launch
-    monkeypatch.setattr(configs, "launch", lambda *a: launched.append(launch(*a)) or launched[-1])
+
+    def launch(*args, launch=configs.launch, **more):
+        launched.append(launch(*args, **more))
+        return launched[-1]
+
+    monkeypatch.setattr(configs, "launch", launch)
     numbers = {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 2}}
-    write(ROW | {"n": 4, "config": numbers})
+    write(ROW | {"n": 4, "config": numbers, "dtype": str(dtype).removeprefix("torch.")})
     monkeypatch.setattr(configs, "device_name", lambda device: ROW["device"])
     layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
     with tp.use_path("kernel"):
-        layer.to("cuda" if torch.cuda.is_available() else "cpu").weight.sum().backward()
-    assert launched[0] == replace(kernels.fwd_config(4, torch.float32), block_matrices=1)
+        layer.to("cuda" if torch.cuda.is_available() else "cpu", dtype).weight.sum().backward()
+    assert launched[0] == replace(kernels.fwd_config(4, dtype), block_matrices=1)
     assert launched[1] == replace(kernels.bwd_config(4, torch.float32), num_warps=2)

@@ -23,29 +23,36 @@ from tritonparam.tables import Choice, Key
 Config = TypeVar("Config")
 
 
-def lookup(chain: str, x: Tensor, n: int) -> Choice | None:
+def lookup(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> Choice | None:
     """What is measured fastest for a chain on x's device, in its dtype and at size n.
 
-    n is what the chain's cost grows with: that of n × n, k of n × k. The answer is remembered;
-    asking costs less than a microsecond.
+    n is what the chain's cost grows with: that of n × n, k of n × k; `dtype` is the original's
+    where that is not x's. The answer is remembered; asking costs less than a microsecond.
     """
-    return _lookup(x.device, x.dtype, chain, n, x.numel()) if table() else None
+    return _lookup(x.device, dtype or x.dtype, chain, n, x.numel()) if table() else None
 
 
-def fastest(chain: str, x: Tensor, n: int) -> str:
-    """The path that is measured fastest, or the empty string where none is."""
-    choice = lookup(chain, x, n)
+def fastest(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> str:
+    """The path that is measured fastest, or the empty string where none is; as `lookup`."""
+    choice = lookup(chain, x, n, dtype)
     return choice.path if choice else ""
 
 
 def launch(
-    chain: str, phase: str, x: Tensor, default: Callable[..., Config], n: int, *more: Any
+    chain: str,
+    phase: str,
+    x: Tensor,
+    default: Callable[..., Config],
+    n: int,
+    *more: Any,
+    dtype: torch.dtype | None = None,
 ) -> Config:
     """The configuration to launch with: ``default(n, *more)``, with the numbers measured faster.
 
-    `default` is the heuristic beside the kernel; `phase` is "fwd" or "bwd".
+    `default` is the heuristic beside the kernel; `phase` is "fwd" or "bwd"; x, n and `dtype` are
+    as for `lookup`.
     """
-    return _launch(x.device, x.dtype, chain, phase, default, n, x.numel(), *more)
+    return _launch(x.device, dtype or x.dtype, chain, phase, default, n, x.numel(), *more)
 
 
 def batch(n: int, numel: int) -> int:

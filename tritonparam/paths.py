@@ -60,13 +60,13 @@ def override() -> str | None:
     return _override
 
 
-def measured(chain: str, x: Tensor, n: int) -> str:
-    """The path that ``tuned_configs.json`` says is fastest, or the empty string.
+def measured(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> str:
+    """The path that the table of measured paths says is fastest, or the empty string.
 
     It is empty as well where ``use_path`` asks for a path, and in a graph that is being compiled,
-    since the table is measured in eager mode.
+    since the table is measured in eager mode. Arguments as for ``configs.lookup``.
     """
-    return configs.fastest(chain, x, n) if asks() else ""
+    return configs.fastest(chain, x, n, dtype) if asks() else ""
 
 
 def asks() -> bool:
@@ -74,11 +74,11 @@ def asks() -> bool:
     return _override is None and not torch.compiler.is_compiling() and bool(configs.table())
 
 
-def kernel_declines(chain: str, x: Tensor, n: int) -> str:
+def kernel_declines(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> str:
     """Why no Triton kernel of a chain runs on x, whatever its shape, or the empty string."""
     if declined := device_declines(x):
         return declined
-    if measured(chain, x, n) == "closed":
+    if measured(chain, x, n, dtype) == "closed":
         return f"the closed form was measured faster at n = {n} on this device"
     if cause := failures.cause(chain, x, n):
         return f"Triton cannot compile its kernel here ({cause})"

@@ -18,10 +18,13 @@ _KERNEL_MAX_N = 4096
 _FEW = 64  # rows of a matrix, up to which the number of operators is what counts
 
 
-def kernel_declines(w: Tensor) -> str:
-    """Why the Triton kernel cannot take w, or the empty string."""
+def kernel_declines(w: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Why the Triton kernel cannot take w, or the empty string.
+
+    `dtype` is that of the original where w is its value, in the compute dtype.
+    """
     n = w.size(-1)
-    if reason := paths.kernel_declines("cayley", w, n):
+    if reason := paths.kernel_declines("cayley", w, n, dtype):
         return reason
     return f"n = {n} is beyond the kernel's {_KERNEL_MAX_N}" if n > _KERNEL_MAX_N else ""
 
@@ -95,20 +98,23 @@ def _closed_bwd_of_few(g: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor]:
     return ((z - z.mT).triu_(1),)
 
 
-def _launched(phase: str, x: Tensor, *args: Any) -> Tensor:
-    """What the launcher of a phase returns for `args`, on x's device and with its configuration."""
+def _launched(phase: str, x: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
+    """What the launcher of a phase returns for `args`, on x's device and with its configuration.
+
+    `dtype` is that of the original: x is its value in the backward pass.
+    """
     n = x.size(-1)
     kernels = paths.kernels(kernel_file(n, x.dtype))
     choice = ("cayley", phase, x, getattr(kernels, f"{phase}_config"))
     with torch.cuda.device_of(x):
-        config = configs.launch(*choice, n, x.dtype, paths.backend())
+        config = configs.launch(*choice, n, x.dtype, paths.backend(), dtype=dtype)
         return getattr(kernels, f"cayley_{phase}")(*args, config)
 
 
 def _forward(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
     if paths.path(kernel_declines(w)) == "kernel":
         try:
-            q = _launched("fwd", w, w, d)
+            q = _launched("fwd", w, w.dtype, w, d)
             paths.count("kernel")
             return q, (q, d)
         except Exception as error:
@@ -121,9 +127,9 @@ def _backward(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
     q, d, *few = saved
     if few:
         return _closed_bwd_of_few(g, few[0], d)
-    if paths.path(kernel_declines(q)) == "kernel":
+    if paths.path(kernel_declines(q, dtype)) == "kernel":
         try:
-            return (_launched("bwd", q, g, q, d, dtype),)
+            return (_launched("bwd", q, dtype, g, q, d, dtype),)
         except Exception as error:
             paths.fall_back(error, "cayley", q, q.size(-1))
     return _closed_bwd(g, saved, dtype)
