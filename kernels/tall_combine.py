@@ -10,25 +10,11 @@ from tritonparam.kernels.tall import Config, config, launch_options, load_part, 
 
 @triton.jit
 def _add_product(
-    acc,
-    a_ptr,
-    u_ptr,
-    matrix,
-    row,
-    col,
-    n_rows,
-    n_cols,
-    a_stride,
-    a_stride_row,
-    a_stride_col,
-    u_stride,
-    u_stride_row,
-    u_stride_col,
-    PART: tl.constexpr,
-    SCALE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    acc, a_ptr, u_ptr, at, strides, PART: tl.constexpr, SCALE: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """acc + SCALE A U."""
+    matrix, row, col, n_rows, n_cols = at
+    a_stride, a_stride_row, a_stride_col, u_stride, u_stride_row, u_stride_col = strides
     a_ptr += matrix * a_stride
     u_ptr += matrix * u_stride
     for k0 in range(0, n_cols, BLOCK_K):
@@ -102,13 +88,13 @@ def _combine_kernel(
     at = (matrix, row, col, n_rows, n_cols)
     acc = tl.zeros([BLOCK_ROWS, BLOCK], tl.float64)
     strides = (a_stride, a_stride_row, a_stride_col, u_stride, u_stride_row, u_stride_col)
-    acc = _add_product(acc, a_ptr, u_ptr, *at, *strides, PART, SCALE, BLOCK_K)
+    acc = _add_product(acc, a_ptr, u_ptr, at, strides, PART, SCALE, BLOCK_K)
     if a2_ptr is not None:
         strides = (a2_stride, a2_stride_row, a2_stride_col, u2_stride, u2_stride_row, u2_stride_col)
-        acc = _add_product(acc, a2_ptr, u2_ptr, *at, *strides, PART2, 1.0, BLOCK_K)
+        acc = _add_product(acc, a2_ptr, u2_ptr, at, strides, PART2, 1.0, BLOCK_K)
     if a3_ptr is not None:
         strides = (a3_stride, a3_stride_row, a3_stride_col, u3_stride, u3_stride_row, u3_stride_col)
-        acc = _add_product(acc, a3_ptr, u3_ptr, *at, *strides, "all", 1.0, BLOCK_K)
+        acc = _add_product(acc, a3_ptr, u3_ptr, at, strides, "all", 1.0, BLOCK_K)
     if c_ptr is not None:
         c_ptr += matrix * c_stride
         acc += load_part(c_ptr, row, col, n_rows, n_cols, c_stride_row, c_stride_col, "all")
