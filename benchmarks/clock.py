@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd import profiler
 
+from tritonparam.doctor import waits
+
 Step = Callable[[], object]
 PRECISIONS = ("float32", "3xtf32")
 PRODUCTS_FROM = 1024  # the size from which the products themselves are timed
@@ -154,19 +156,7 @@ class Clock:
 
     def synchronizes(self, step: Step) -> bool:
         """Whether a step waits for the device, so that no graph can hold it."""
-        if self.kind != "cuda":
-            return False
-        self.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            return True
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return False
+        return self.kind == "cuda" and waits(step)
 
     def capture(self, *steps: Step) -> list[Step]:
         """A graph of each step, to be replayed in this order; the steps where there are no graphs.

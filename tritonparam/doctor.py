@@ -224,19 +224,26 @@ def no_waiting() -> Finding:
     for name in samples.NAMES:
         step, _ = _step(name)
         step()  # compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
+        if waits(step):
             waiting.append(name)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     if waiting:
         return FAILED, f"{', '.join(waiting)} wait for the GPU, and slow training down; {REPORT}"
     return OK, "no fused chain waits for the GPU"
+
+
+def waits(step: Callable[[], object]) -> bool:
+    """Whether a step makes the host wait for the GPU, so that no graph can hold it."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
 def cuda_graphs() -> Finding:

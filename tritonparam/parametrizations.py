@@ -199,17 +199,7 @@ def symmetric(module: nn.Module, name: str = "weight") -> nn.Module:
 def skew(module: nn.Module, name: str = "weight") -> nn.Module:
     """Make a square weight skew-symmetric: its upper triangle is kept.
 
-    Skew-symmetric matrices can be assigned.
-
-    Arguments:
-        module: the module that has the tensor.
-        name: the tensor's name, [..., n, n], of any dtype.
-
-    Returns:
-        The module.
-
-    Raises:
-        ValueError: there is no such tensor, or it is not square.
+    Skew-symmetric matrices can be assigned. Arguments, result and errors as for ``symmetric``.
 
     >>> import torch
     >>> layer = skew(nn.Linear(3, 3))
