@@ -167,7 +167,8 @@ def _orthogonal(orthogonal_map: str, base: bool) -> Callable[[Tensor], list[nn.M
 _SEQUENCES = torch.cuda.is_available()
 _EXP_MAX_N = 4096 if _SEQUENCES else 32
 _TALL_MAX_K = 256 if _SEQUENCES else 0
-_EXP_DTYPES = tp.registry.DTYPES[: None if _SEQUENCES else 3]  # without fp64, whose tiles in memory take a second
+# Nor fp64, the last, whose tiles lie in memory.
+_EXP_DTYPES = tp.registry.DTYPES[: None if _SEQUENCES else 3]
 
 CASES = (
     Case(

@@ -156,8 +156,8 @@ def test_kernels_advance_all_layers_of_a_kind_at_once(calls):
         got = step(model)
     assert sorted(calls) == [1, 1, 3]
     for mine, other in zip(got, expected, strict=True):
-        # Triton's interpreter truncates to bf16.
-        atol = 1e-6 if mine.dtype == torch.float32 else 1e-2
+        # In bf16 numbers up to 1, rounded from two that may lie on both sides of a tie.
+        atol = 1e-6 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps / 2
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=atol)
     assert all(b._version > old for b, old in zip(model.buffers(), versions, strict=True))
 
