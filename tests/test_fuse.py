@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -237,47 +234,6 @@ def test_deepcopy_of_a_module_with_its_own_deepcopy():
     assert layer.weight.shape == (3, 3)
 
 
-def test_use_path_and_stats(device, fused_path):
-    layer = fused_layer().to(device)
-    assert evaluated(layer) == {fused_path: 1}
-    with tp.use_path("composed"):
-        assert evaluated(layer) == {"composed": 1}
-        with tp.use_path("closed"):
-            assert evaluated(layer) == {"closed": 1}
-            assert tp.explain(layer)[0].path == "closed"
-        assert evaluated(layer) == {"composed": 1}
-        assert tp.explain(layer)[0].reason == "the path is set to composed"
-    with tp.use_path("kernel"):
-        assert evaluated(layer) == {"kernel": 1}
-        big = torch.zeros(1, device=device).expand(4097, 4097)
-        with pytest.raises(RuntimeError, match=r"n = 4097 is beyond the kernel's 4096"):
-            tp.functional.skew_cayley(big)
-    assert evaluated(layer) == {fused_path: 1}
-    with (
-        pytest.raises(ValueError, match="one of kernel, closed, composed, got 'fast'"),
-        tp.use_path("fast"),
-    ):
-        pass
-    tp.stats(reset=True)
-    assert tp.stats() == {"kernel": 0, "closed": 0, "composed": 0}
-
-
-@pytest.mark.parametrize(
-    ("value", "output"), [("composed", "1"), ("closed", "0"), ("nonsense", "TRITONPARAM_PATH")]
-)
-def test_environment_switch(value, output):
-    code = (
-        "import tritonparam as tp, torch;"
-        "m = torch.nn.Linear(3, 3);"
-        "tp.register_parametrization(m, 'weight', tp.Skew(), tp.CayleyMap());"
-        "tp.stats(reset=True); m.weight; print(tp.stats()['composed'])"
-    )
-    env = dict(os.environ, TRITONPARAM_PATH=value)
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert output in run.stdout + run.stderr
-    assert (run.returncode == 0) == (value != "nonsense")
-
-
 def test_explain():
     model = nn.ModuleDict(
         {
@@ -303,66 +259,6 @@ def test_explain():
     assert "2×1×3×3" in text
     assert str(tp.explain(nn.Linear(2, 2))) == "no parametrized tensors"
     assert tp.explain(fused_layer())[0].path == "closed"
-
-
-def test_alias_is_checked_and_fused():
-    layer = by_torch(nn.Linear(5, 5), MySkew(), MyCayley(5))
-    state = torch.random.get_rng_state()
-    tp.fuse(layer)
-    assert evaluated(layer) == {"composed": 1}
-    tp.unfuse(layer)
-    tp.alias(MySkew, tp.Skew)
-    tp.alias(MyCayley, tp.CayleyMap)
-    composed = layer.weight
-    tp.fuse(layer, strict=True)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert evaluated(layer) == {"closed": 1}
-    assert torch.allclose(layer.weight, composed, atol=1e-6)
-    registered = tp.register_parametrization(nn.Linear(5, 5), "weight", MySkew(), MyCayley(5))
-    assert evaluated(registered) == {"closed": 1}
-
-
-@pytest.mark.parametrize("registering", [False, True])
-def test_a_wrong_alias_is_an_error(registering):
-    class Inverse(MyCayley):
-        def forward(self, x):
-            return torch.linalg.solve(self.Id + x, self.Id - x)
-
-    tp.alias(Inverse, tp.CayleyMap)
-    with pytest.raises(
-        ValueError, match="declared to mean Skew→CayleyMap, but its value differs: fused"
-    ):
-        if registering:
-            layer = nn.Linear(5, 5)
-            before = layer.weight, layer.weight.detach().clone()
-            tp.register_parametrization(layer, "weight", tp.Skew(), Inverse(5))
-        else:
-            layer = by_torch(nn.Linear(5, 5), tp.Skew(), Inverse(5))
-            tp.fuse(layer)
-    if registering:
-        assert layer.weight is before[0]
-        assert torch.equal(*before)
-        assert type(layer) is nn.Linear
-    else:
-        assert type(layer.parametrizations.weight) is tp.ParametrizationList
-
-
-def test_a_wrong_gradient_is_found_too():
-    class Detached(tp.CayleyMap):
-        def forward(self, x):
-            y = super().forward(x)
-            return y.detach() + 0 * x
-
-    tp.alias(Detached, tp.CayleyMap)
-    with pytest.raises(ValueError, match="its gradient differs"):
-        tp.register_parametrization(nn.Linear(5, 5), "weight", tp.Skew(), Detached())
-
-
-def test_alias_takes_classes():
-    with pytest.raises(TypeError, match="link must be a subclass of nn.Module"):
-        tp.alias(MySkew(), tp.Skew)
-    with pytest.raises(TypeError, match="meaning must be a subclass of nn.Module"):
-        tp.alias(MySkew, "Skew")
 
 
 def test_training_is_the_same_fused_and_composed():
