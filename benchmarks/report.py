@@ -47,7 +47,7 @@ def _size(row: Row) -> str:
 
 
 def _phase(row: Row) -> str:
-    """ "" of forward and backward in eager mode, else the phase after a comma."""
+    """The phase after a comma; nothing for forward and backward in eager mode."""
     phase = {BOTH: "", f"{BOTH}, graph": ", graph"}.get(row["phase"])
     return f", {row['phase']}" if phase is None else phase
 

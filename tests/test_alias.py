@@ -27,6 +27,16 @@ def test_alias_is_checked_and_fused():
     assert evaluated(registered) == {"closed": 1}
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_original_that_is_not_finite_is_not_a_difference(bad):
+    tp.alias(MySkew, tp.Skew)
+    layer = nn.Linear(5, 5)
+    layer.weight.data[0, 1] = bad
+    tp.fuse(by_torch(layer, MySkew(), tp.CayleyMap()), strict=True)
+    assert evaluated(layer) == {"closed": 1}
+    assert layer.weight.isnan().all()
+
+
 @pytest.mark.parametrize("registering", [False, True])
 def test_a_wrong_alias_is_an_error(registering):
     class Inverse(MyCayley):

@@ -230,7 +230,7 @@ def test_norms_are_torchs(name):
 
 def test_weight_norm_is_the_first_link():
     layer = tp.skew(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="tensor without links.*but weight is parametrized"):
+    with pytest.raises(ValueError, match="must be the first link.*but weight is parametrized"):
         tp.weight_norm(layer)
     assert len(layer.parametrizations.weight) == 1
 

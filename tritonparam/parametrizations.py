@@ -164,8 +164,8 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     require_float("weight_norm", _tensor("weight_norm", module, name))
     if is_parametrized(module, name):
         raise ValueError(
-            "weight_norm: name must be that of a tensor without links, whose originals norms and "
-            f"directions become, but {name} is parametrized already; register weight_norm first."
+            "weight_norm: it must be the first link, since norms and directions take the place of "
+            f"the original, but {name} is parametrized already; register weight_norm first."
         )
     register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
     load_legacy(module, name, WEIGHT_NORM_KEYS)

@@ -10,12 +10,11 @@ which has the last word. A table has a row for each device, dtype, chain, size a
     ]}
 
 ``device`` is ``torch.cuda.get_device_name()``, or a CPU's model and threads; ``dtype`` is that of
-the originals. A row speaks for the sizes in
-(2ᵏ⁻¹, 2ᵏ] that its ``n`` lies in, as kernels do with their power-of-two tiles, and likewise for
-batches. ``config`` replaces numbers of the heuristic beside the kernel, by phase; a ``path`` of
-"closed" or "composed" says that the kernel, or everything fused, was measured slower. The user's
-table says too with which versions and which source of this package it was measured, and speaks for
-those alone.
+the originals. A row speaks for the sizes in (2ᵏ⁻¹, 2ᵏ] that its ``n`` lies in, as kernels do with
+their power-of-two tiles, and likewise for batches. ``config`` replaces numbers of the heuristic
+beside the kernel, by phase; a ``path`` of "closed" or "composed" says that the kernel, or
+everything fused, was measured slower. The user's table says too with which versions and which
+source of this package it was measured, and speaks for those alone.
 """
 
 from __future__ import annotations
