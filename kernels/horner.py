@@ -22,7 +22,7 @@ def argument(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Tile 0: A / 2^down, of norm 1 at most, A as in `expm`; returned are down and the shift mu."""
+    """Tile 0: A / 2^down of norm 1 at most; and down and the shift mu, as `paterson_stockmeyer`."""
     ACC: tl.constexpr = tile_ptr.dtype.element_ty
     mu = tl.full([], 0.0, ACC)
     if SIGN == 1:
@@ -66,7 +66,7 @@ def blocks(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What c(B) + A s(B) is summed from, A scaled as by `expm`, times FACTOR.
+    """What c(B) + A s(B) is summed from, A scaled as there, times FACTOR.
 
     Tile 0 is A, tile 2 A^4, tile 1 the block EVEN[0] I + ODD[0] A + EVEN[1] A^2 + ODD[1] A^3 and
     tiles 3, 4, ... those that follow. Returned is s, the number of squarings.
