@@ -32,7 +32,7 @@ class Symmetric(nn.Module):
             [2., 3.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # nn.Module's own has a signature of any arguments
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Skew(nn.Module):
             [-2.,  0.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # nn.Module's own has a signature of any arguments
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class MatrixExponential(nn.Module):
             [0., 1.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # nn.Module's own has a signature of any arguments
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Trial:
         resources: registers and bytes of stack per thread and of shared memory per program, the
             most that a launch of it takes; None where nothing was compiled.
         microseconds: of forward and backward, or None where it was not measured.
-        ratio: of its time to the default's in the same round, the median over rounds.
+        ratio: of its time to that of the first that is right, in the same round: the median.
         upper: of these ratios, about the upper quartile, or the largest of few.
         reason: why it was discarded, or the empty string.
     """
@@ -182,18 +182,18 @@ class Weight(Reading):
         timers = [partial(turn, trial) for trial in trials if not trial.reason]
         seconds = turns.take(timers, warm_up=1, least=LEAST, most=MOST, seconds=SECONDS)
         measured = iter(seconds)
+        return [t if t.reason else _timed(t, next(measured), seconds[0]) for t in trials]
 
-        def with_times(trial: Trial) -> Trial:
-            mine = next(measured)
-            ratios = turns.ratios(mine, seconds[0])
-            return replace(
-                trial,
-                microseconds=1e6 * statistics.median(mine),
-                ratio=statistics.median(ratios),
-                upper=ratios[-max(len(ratios) // 4, 1)],
-            )
 
-        return [t if t.reason else with_times(t) for t in trials]
+def _timed(trial: Trial, seconds: Sequence[float], of_first: Sequence[float]) -> Trial:
+    """A trial with what its seconds in each round say, by themselves and beside the first's."""
+    ratios = turns.ratios(seconds, of_first)
+    return replace(
+        trial,
+        microseconds=1e6 * statistics.median(seconds),
+        ratio=statistics.median(ratios),
+        upper=ratios[-max(len(ratios) // 4, 1)],
+    )
 
 
 def best_of_phases(trials: Sequence[Trial]) -> Trial | None:
