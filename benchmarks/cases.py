@@ -52,18 +52,26 @@ class Timed:
 _MAPS = ("cayley", "skew_exp", "symmetric_exp")
 _TALL = ("tall_cayley", "tall_exp", "householder")
 
-# Most valuable first: a time budget cuts the list off at its end.
+
+def _square(*shapes: tuple[int, ...], graph: bool) -> tuple[Timed, ...]:
+    return tuple(Timed(name, (shape,), graph) for shape in shapes for name in _MAPS)
+
+
+def _tall(*shapes: tuple[int, ...]) -> tuple[Timed, ...]:
+    return tuple(Timed(name, (shape,)) for shape in shapes for name in _TALL)
+
+
+# Most valuable first: a time budget cuts the list off at its end. So each kind has one size before
+# any has another.
 CUDA = (
-    *(
-        Timed(name, (shape,), graph=True)
-        for shape in ((4096, 16, 16), (1024, 32, 32), (1024, 64, 64))
-        for name in _MAPS
-    ),
-    *(Timed(name, ((n, n),), graph=True) for n in (128, 256, 512) for name in _MAPS),
+    *_square((1024, 32, 32), (256, 256), graph=True),
     Timed("spectral_norm", LAYERS, graph=True),
+    *_square((1024, 1024), graph=False),
+    *_tall((4096, 64)),
+    *_square((4096, 16, 16), (1024, 64, 64), (128, 128), (512, 512), graph=True),
+    *_square((2048, 2048), graph=False),
+    *_tall((30000, 50)),
     Timed("weight_norm", LAYERS, graph=True),
-    *(Timed(name, ((n, n),)) for n in (1024, 2048) for name in _MAPS),
-    *(Timed(name, (shape,)) for shape in ((4096, 64), (30000, 50)) for name in _TALL),
 )
 
 # Weights n × n of which one read is timed, and with a backward pass where that says so: on the CPU
