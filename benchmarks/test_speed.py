@@ -3,10 +3,11 @@
 Each round times composed eager, composed under torch.compile, the closed form and the kernel once,
 in one process: the forward pass with its graph, the backward pass, and both. What is compared is
 the median of the per-round ratios. Nothing is compiled where a turn takes longer than
-``passes.SLOW``, or Inductor minutes. Where torch's ``orthogonal`` does the same job, it stands for
-composed. Chains are in training mode. Peers that are installed come after, interleaved with ours,
-each with its distance from the constraint. Every contender has the memory that a step holds, and
-on a GPU the times of the host and of the device alone. Rows go to
+``passes.SLOW``, on a GPU ``weights.COMPILED_ON_GPU``, or Inductor minutes. Where torch's
+``orthogonal`` does the same job, it stands for composed. Chains are in training mode. Peers that
+are installed come after, interleaved with ours, each with its distance from the constraint. Every
+contender has the memory that a step holds, and on a GPU the times of the host and of the device
+alone. Kernels read several weights together, as in ``tp.cached(model)``. Rows go to
 ``benchmarks/results/<device>/<chain>.json``, losses like wins. On a GPU every row has its floor,
 ``floor_us``: the bytes at the rate of a copy or the products at the rate of a product, whichever
 takes longer, both measured in the same run.
@@ -68,7 +69,9 @@ class Results:
         folder = Path(OUT) if OUT else here
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**self._head, "rows": table}, indent=1)
-        (folder / f"{name}.json").write_text(content + "\n")
+        written = folder / f"{name}.json.part"  # the file is whole, or what was there before
+        written.write_text(content + "\n")
+        written.replace(folder / f"{name}.json")
 
 
 @pytest.fixture(scope="module")

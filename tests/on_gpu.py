@@ -1,9 +1,9 @@
 """The tests that use a GPU, in parts that run at once: ``python -m tests.on_gpu SECONDS``.
 
 Most of their time is compiling kernels, on one core each. A part is neighbouring tests, so that few
-kernels are compiled twice. What has not finished after SECONDS is stopped, which prints what has failed
-until then, and the result is 1. Arguments that follow replace pytest's ``tests -m gpu``, which
-without a GPU are not started.
+kernels are compiled twice. What has not finished after SECONDS is stopped, and prints what failed
+until then; the result is 1. Arguments that follow replace pytest's ``tests -m gpu``, which without
+a GPU are not started.
 """
 
 from __future__ import annotations
@@ -35,11 +35,16 @@ def of_this_process(items: list) -> list:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all parts, print how each ended, and return 1 where one failed or was stopped."""
-    seconds, *chosen = arguments
+    """Run all parts, print how each ended, and return 1 where one failed or was stopped.
+
+    Without arguments it only looks for a GPU.
+    """
+    seconds, *chosen = arguments or ["0"]
     if not chosen and not torch.cuda.is_available():
         print(f"tests.on_gpu: {NO_GPU}")
         return 1
+    if not arguments:
+        return 0
     deadline = time.monotonic() + float(seconds)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += chosen or ["tests", "-m", "gpu"]

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import clock as clocks
-from benchmarks import machine, measure, reads, report, rounds, test_speed, weights
+from benchmarks import machine, measure, reads, report, rounds, test_speed, warm, weights
 from benchmarks.cases import (
     BACKWARD,
     BOTH,
@@ -114,7 +114,8 @@ def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch
     assert "| floor |" in table
     assert table.count(f"| {timed.name} ") == len(wholes)
     assert table.count(", graph |") == len(wholes) - 1
-    parts, memory, apart = folded
+    aims, parts, memory, apart = folded
+    assert "<summary>Aims: 0 of " in aims
     assert parts.count(f"| {timed.name} ") == len(wholes)
     assert parts.count(", graph |") == len(wholes) - 1
     assert memory.count(f"| {timed.name} ") == 1
@@ -276,6 +277,29 @@ def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):
         else:
             assert row["speedup_over_composed"] > 0
     assert "eager: once" in {row.get("timed") for row in table}
+
+
+def test_a_slow_baseline_is_compiled_and_timed_once_where_there_is_room(cuda, monkeypatch):
+    monkeypatch.setitem(weights.ONCE, "cuda", 0.0)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled.append(read) or read)
+    table = both(TALL, cuda.clock)
+    assert "compiled" in {row["contender"] for row in table}
+    monkeypatch.setattr(weights, "COMPILED_ON_GPU", 0.0)
+    assert "compiled" not in {row["contender"] for row in both(TALL, cuda.clock)}
+    assert len(compiled) == 1
+
+
+def test_warming_compiles_every_row_and_goes_on_after_an_error(cuda, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled.append(read) or read)
+    monkeypatch.setattr(warm, "PARTS", 2)
+    monkeypatch.setattr(warm, "Clock", lambda kind: cuda.clock)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(warm, "CUDA", (SQUARE, TALL, replace(SQUARE, name="nothing"), SQUARE, TALL))
+    assert warm.main(["100", "0"]) == 0
+    assert len(compiled) == 2
+    assert capsys.readouterr().out.startswith("benchmarks.warm: nothing (4, 4): ")
 
 
 def test_a_wrong_result_is_not_timed(cuda, monkeypatch):

@@ -36,9 +36,7 @@ def test_parts_pass_or_fail(chosen, status, said, tmp_path, monkeypatch, capsys)
 def test_what_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):
     file, begun = tmp_path / "test_slow.py", tmp_path / "begun"
     slow = f"open({str(begun)!r}, 'w'); time.sleep(100)"
-    file.write_text(
-        f"import time\n\n\ndef test_a(): assert 1 == 2\n\n\ndef test_b(): {slow}\n"
-    )
+    file.write_text(f"import time\n\n\ndef test_a(): assert 1 == 2\n\n\ndef test_b(): {slow}\n")
     monkeypatch.setattr(on_gpu, "PARTS", 1)
     monkeypatch.setattr(on_gpu.time, "monotonic", lambda: 0.0)
     wait = processes._status
@@ -69,5 +67,8 @@ def test_processes_end_with_the_one_that_started_them():
 
 def test_without_a_gpu_nothing_is_started(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert on_gpu.main(["0"]) == 1
-    assert capsys.readouterr().out == f"tests.on_gpu: {on_gpu.NO_GPU}\n"
+    for arguments in ([], ["0"]):
+        assert on_gpu.main(arguments) == 1
+        assert capsys.readouterr().out == f"tests.on_gpu: {on_gpu.NO_GPU}\n"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert on_gpu.main([]) == 0
