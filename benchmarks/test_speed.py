@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ KIND = os.environ.get("TRITONPARAM_BENCH_DEVICE") or "cpu"
 if KIND == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError(f"TRITONPARAM_BENCH_DEVICE=cuda: {NO_GPU}")
 BUDGET = float(os.environ.get("TRITONPARAM_BENCH_BUDGET") or "inf")
+OVERRUN = 30.0  # seconds beyond it, after which the row at work is cut off: compiling can take long
 OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
 CLOCK = Clock(KIND)
 READ_SIZE = {"cpu": 8, "cuda": 64}
@@ -74,10 +78,26 @@ class Results:
         written.replace(folder / f"{name}.json")
 
 
+@contextmanager
+def cut_off(seconds: float) -> Iterator[None]:
+    """Skip what runs in this block when so many seconds are over; never if they are infinite."""
+    if seconds == float("inf"):
+        yield
+        return
+    # Of a class that no compiler takes for an error of its own.
+    signal.signal(signal.SIGALRM, lambda *_: pytest.skip("the time budget is spent"))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 @pytest.fixture(scope="module")
-def results() -> Results:
+def results() -> Iterator[Results]:
     """Of all tests of this run."""
-    return Results()
+    with cut_off(BUDGET + OVERRUN):
+        yield Results()
 
 
 def _clocked(benchmark: Any) -> Repeat:

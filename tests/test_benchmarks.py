@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -192,6 +194,18 @@ def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in
     assert content["machine"]["device"] == "Stand-in 1"
 
 
+def test_a_row_that_takes_too_long_is_cut_off():
+    with (
+        pytest.raises(pytest.skip.Exception, match="budget is spent"),
+        test_speed.cut_off(-1.0),
+        suppress(Exception),  # as a compiler does
+    ):
+        time.sleep(100)
+    with test_speed.cut_off(0.05):
+        pass
+    time.sleep(0.1)
+
+
 TALL = small(next(timed for timed in CUDA if timed.name == "tall_cayley"))
 SQUARE = Timed("skew_exp", ((4, 4),), graph=True)
 
@@ -298,6 +312,9 @@ def test_warming_compiles_every_row_and_goes_on_after_an_error(cuda, monkeypatch
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(warm, "CUDA", (SQUARE, TALL, replace(SQUARE, name="nothing"), SQUARE, TALL))
     assert warm.main(["100", "0"]) == 0
+    assert len(compiled) == 2
+    monkeypatch.setattr(warm, "LARGE", 1)
+    warm.run(TALL, cuda.clock)
     assert len(compiled) == 2
     assert capsys.readouterr().out.startswith("benchmarks.warm: nothing (4, 4): ")
 
