@@ -319,6 +319,20 @@ def test_warming_compiles_every_row_and_goes_on_after_an_error(cuda, monkeypatch
     assert capsys.readouterr().out.startswith("benchmarks.warm: nothing (4, 4): ")
 
 
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [("exit 0", "2 of 2 parts"), ("exec sleep 100", "0 of 2 parts have compiled all they run, 2")],
+)
+def test_warming_says_how_far_it_came(inside, said, tmp_path, monkeypatch, capsys):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{inside}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(warm.sys, "executable", str(python))
+    monkeypatch.setattr(warm, "PARTS", 2)
+    assert warm.main(["0.2" if "sleep" in inside else "100"]) == 0
+    assert capsys.readouterr().out.startswith(f"benchmarks.warm: {said}")
+
+
 def test_a_wrong_result_is_not_timed(cuda, monkeypatch):
     fused = weights.fused
     monkeypatch.setattr(weights, "fused", lambda *a: tuple(x + 1e-3 for x in fused(*a)))
