@@ -162,7 +162,7 @@ def _replays(weights: Weights, passes: dict[str, Pass]) -> tuple[dict[str, Timer
     timers: dict[str, Timer] = {}
     how: dict[str, str] = {}
     for name, one in passes.items():
-        if name == "composed" and weights.once is not None:
+        if name in weights.once:
             how[name] = "eager: once"
         else:
             again = Pass(one.reader, weights.gs, returned=True)
@@ -171,8 +171,8 @@ def _replays(weights: Weights, passes: dict[str, Pass]) -> tuple[dict[str, Timer
 
 
 def _columns(weights: Weights, timers: dict[str, Timer], repeat: rounds.Repeat) -> Columns:
-    """By contender; a baseline that is too slow to be timed again has the turn it has had."""
-    once = {} if weights.once is None else {"composed": [weights.once]}
+    """By contender; what is too slow to be timed again has the turn it has had."""
+    once = {name: [turn] for name, turn in weights.once.items()}
     timers = {name: timer for name, timer in timers.items() if name not in once}
     how_many = rounds.how_many(timers, rounds.LONGEST[weights.clock.kind])
     return once | rounds.interleaved(timers, repeat, *how_many)

@@ -30,9 +30,18 @@ class Reader(NamedTuple):
 
     @classmethod
     def of(cls, path: str, modules: list[nn.Module]) -> Reader:
-        """Reads ``weight`` of each module."""
-        parameters = [x for module in modules for x in module.parameters()]
-        return cls(path, lambda: [module.weight for module in modules], parameters)
+        """Reads ``weight`` of each module, by kernels those of several together."""
+        model = nn.ModuleList(modules)
+
+        def one_by_one() -> list[Tensor]:
+            return [module.weight for module in modules]
+
+        def together() -> list[Tensor]:
+            with tp.cached(model):
+                return one_by_one()
+
+        read = together if path == "kernel" and len(modules) > 1 else one_by_one
+        return cls(path, read, list(model.parameters()))
 
 
 class Pass:

@@ -59,7 +59,8 @@ def _single(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def _lines(axes: Any, by_map: dict[str, list[Row]], number: str) -> None:
-    """A line per map, named at its end, above the others' names where they would overlap."""
+    """A line per map, named at its end, above the others' names where they would overlap, and
+    above a line that ends where others go on."""
     ends = []
     for name, rows in by_map.items():
         points = [(row["shape"][0], row[number]) for row in rows if row.get(number)]
@@ -68,9 +69,12 @@ def _lines(axes: Any, by_map: dict[str, list[Row]], number: str) -> None:
             axes.plot(*zip(*points, strict=True), "o-", color=color, lw=1.8, ms=4)
             ends.append((points[-1], name, color))
     lowest: dict[int, float] = defaultdict(float)
+    beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+    above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+    last = max((x for (x, _), _, _ in ends), default=0)
     for (x, y), name, color in sorted(ends, key=lambda end: end[0][1]):
         lowest[x] = max(y, 1.13 * lowest[x])
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        place = beside if x == last else above
         axes.annotate(name, (x, lowest[x]), color=color, fontsize=9, annotation_clip=False, **place)
 
 

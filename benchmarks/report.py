@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import goals, plots
 from benchmarks.accuracy import summary
 from benchmarks.cases import BACKWARD, BOTH, FORWARD
 from benchmarks.peers import PEERS
@@ -257,6 +257,8 @@ def tables() -> str:
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [line for rows in timed for line in _times(rows, floors)]
         lines += ["", "</details>"]
+        if floors:
+            lines += goals.lines(by_name)
         lines += _more([row for name in ordered for row in by_name[name]])
         if "embedding" in by_name:
             lines += _embedding(by_name["embedding"])

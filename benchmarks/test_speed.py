@@ -3,10 +3,11 @@
 Each round times composed eager, composed under torch.compile, the closed form and the kernel once,
 in one process: the forward pass with its graph, the backward pass, and both. What is compared is
 the median of the per-round ratios. Nothing is compiled where a turn takes longer than
-``passes.SLOW``, or Inductor minutes. Where torch's ``orthogonal`` does the same job, it stands for
-composed. Chains are in training mode. Peers that are installed come after, interleaved with ours,
-each with its distance from the constraint. Every contender has the memory that a step holds, and
-on a GPU the times of the host and of the device alone. Rows go to
+``passes.SLOW``, on a GPU ``weights.COMPILED_ON_GPU``, or Inductor minutes. Where torch's
+``orthogonal`` does the same job, it stands for composed. Chains are in training mode. Peers that
+are installed come after, interleaved with ours, each with its distance from the constraint. Every
+contender has the memory that a step holds, and on a GPU the times of the host and of the device
+alone. Kernels read several weights together, as in ``tp.cached(model)``. Rows go to
 ``benchmarks/results/<device>/<chain>.json``, losses like wins. On a GPU every row has its floor,
 ``floor_us``: the bytes at the rate of a copy or the products at the rate of a product, whichever
 takes longer, both measured in the same run.
@@ -16,7 +17,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ KIND = os.environ.get("TRITONPARAM_BENCH_DEVICE") or "cpu"
 if KIND == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError(f"TRITONPARAM_BENCH_DEVICE=cuda: {NO_GPU}")
 BUDGET = float(os.environ.get("TRITONPARAM_BENCH_BUDGET") or "inf")
+OVERRUN = 30.0  # seconds beyond it, after which the row at work is cut off: compiling can take long
 OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
 CLOCK = Clock(KIND)
 READ_SIZE = {"cpu": 8, "cuda": 64}
@@ -68,13 +73,31 @@ class Results:
         folder = Path(OUT) if OUT else here
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({**self._head, "rows": table}, indent=1)
-        (folder / f"{name}.json").write_text(content + "\n")
+        written = folder / f"{name}.json.part"  # the file is whole, or what was there before
+        written.write_text(content + "\n")
+        written.replace(folder / f"{name}.json")
+
+
+@contextmanager
+def cut_off(seconds: float) -> Iterator[None]:
+    """Skip what runs in this block when so many seconds are over; never if they are infinite."""
+    if seconds == float("inf"):
+        yield
+        return
+    # Of a class that no compiler takes for an error of its own.
+    signal.signal(signal.SIGALRM, lambda *_: pytest.skip("the time budget is spent"))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.fixture(scope="module")
-def results() -> Results:
+def results() -> Iterator[Results]:
     """Of all tests of this run."""
-    return Results()
+    with cut_off(BUDGET + OVERRUN):
+        yield Results()
 
 
 def _clocked(benchmark: Any) -> Repeat:

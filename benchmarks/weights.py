@@ -16,6 +16,7 @@ from tests.cases import composed, error, fused
 
 # Seconds: a baseline or a peer that takes longer is timed once.
 ONCE = {"cpu": float("inf"), "cuda": 1.0}
+COMPILED_ON_GPU = 20.0  # seconds: what takes longer there is not compiled; SLOW on the CPU
 # The largest relative error of a value, or of a constraint, with which a peer is timed, unless it
 # is an approximation: torch's own exponentials are off by 5e-6.
 EXACT = 1e-4
@@ -31,7 +32,8 @@ class Weights:
 
     Attributes:
         why_none: why there is no baseline, or the empty string.
-        once: its times where it is too slow to be timed again, known after `passes`.
+        once: times of composed and compiled where they are too slow to be timed again, known after
+            `passes`.
     """
 
     def __init__(self, timed: Timed, clock: Clock) -> None:
@@ -45,7 +47,7 @@ class Weights:
         self.modules = [case.module(x) for x in self.originals]
         make = torchs_own(case)
         self.why_none = self._no_room() if make else ""
-        self.once: Samples | None = None
+        self.once: dict[str, Samples] = {}
         self.theirs: list[nn.Module] = []
         if not self.why_none:
             self.theirs = [make(x) if make else case.module(x) for x in self.originals]
@@ -89,16 +91,24 @@ class Weights:
         samples = self._baseline()
         if samples is not None:
             readers["composed"] = theirs = Reader.of("composed", self.theirs)
-            self.once = samples if samples[BOTH].seconds > ONCE[self.clock.kind] else None
+            if samples[BOTH].seconds > ONCE[self.clock.kind]:
+                self.once["composed"] = samples
             compiled = all(compiles(self.timed.name, shape) for shape in self.timed.shapes)
-            if compiled and samples[BOTH].seconds < SLOW:
+            longest = SLOW if self.clock.kind == "cpu" else COMPILED_ON_GPU
+            if compiled and samples[BOTH].seconds < longest:
                 read = torch.compile(theirs.read, dynamic=False)
                 readers["compiled"] = theirs._replace(read=read)
         readers |= {path: Reader.of(path, self.modules) for path in self.paths()}
         found = {name: Pass(reader, self.gs) for name, reader in readers.items()}
-        for name, other in found.items():
-            if name != "composed":
-                other.run()
+        for name in [name for name in found if name != "composed"]:
+            try:
+                found[name].run()
+                if name == "compiled" and self.once:
+                    self.once[name] = found[name].samples(self.clock)
+            except torch.OutOfMemoryError:
+                if name != "compiled":
+                    raise
+                del found[name]
         return found
 
     def peers(self) -> list[Peer]:

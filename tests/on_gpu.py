@@ -1,14 +1,14 @@
 """The tests that use a GPU, in parts that run at once: ``python -m tests.on_gpu SECONDS``.
 
 Most of their time is compiling kernels, on one core each. A part is neighbouring tests, so that few
-kernels are compiled twice. What has not finished after SECONDS is stopped, and the result is 1.
-Arguments that follow replace pytest's ``tests -m gpu``, which without a GPU are not started.
+kernels are compiled twice. What has not finished after SECONDS is stopped, and prints what failed
+until then; the result is 1. Arguments that follow replace pytest's ``tests -m gpu``, which without
+a GPU are not started.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from tests.processes import Processes
 
 PARTS = min(os.cpu_count() or 1, 12)
 PART = "TRITONPARAM_TEST_PART"  # "3/12" is the fourth of twelve
@@ -33,35 +35,27 @@ def of_this_process(items: list) -> list:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all parts, print how each ended, and return 1 where one failed or was stopped."""
-    seconds, *chosen = arguments
+    """Run all parts, print how each ended, and return 1 where one failed or was stopped.
+
+    Without arguments it only looks for a GPU.
+    """
+    seconds, *chosen = arguments or ["0"]
     if not chosen and not torch.cuda.is_available():
         print(f"tests.on_gpu: {NO_GPU}")
         return 1
+    if not arguments:
+        return 0
     deadline = time.monotonic() + float(seconds)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += chosen or ["tests", "-m", "gpu"]
     failed = False
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for part in range(PARTS):
-            log = Path(folder) / f"{part}.log"
+    with tempfile.TemporaryDirectory() as folder, Processes() as running:
+        logs = [Path(folder) / f"{part}.log" for part in range(PARTS)]
+        for part, log in enumerate(logs):
+            environment = os.environ | {PART: f"{part}/{PARTS}"}
             with log.open("w") as out:
-                process = subprocess.Popen(
-                    command,
-                    env=os.environ | {PART: f"{part}/{PARTS}"},
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            running.append((process, log))
-        for part, (process, log) in enumerate(running):
-            try:
-                status: int | None = process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                status = None
+                running.start(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        for part, (log, status) in enumerate(zip(logs, running.wait(deadline), strict=True)):
             passed = status in (0, NO_TESTS)
             failed |= not passed
             text = log.read_text(errors="replace").rstrip()

@@ -1,41 +1,56 @@
 """Every kernel under compute-sanitizer's memcheck and racecheck: ``python -m tests.sanitize``.
 
 Where the tool is neither on PATH nor in the CUDA toolkit it prints one line and does nothing.
-Memory is allocated tensor by tensor, so that memcheck sees where each one ends.
+Memory is allocated tensor by tensor, so that memcheck sees where each one ends. Shapes are those of
+``tests/test_chains.py``, which has had the kernels compiled: all chains at one, then at the next.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
 
 import tritonparam as tp
 from tests.cases import CASES, fused
+from tests.processes import Processes
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 60  # of both tools, at once; it slows a kernel down by one to two orders of magnitude
+# Columns and batches: masked and full tiles, several tiles, several matrices in one program, one.
+SIZES = ((17,), (64,), (100,), (5, 7), (3, 160), (1,))
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def main(arguments: list[str]) -> int:
     """Run both tools and return 1 if one finds an error; ``--inside`` is what they run."""
     if arguments == ["--inside"]:
         cuda = torch.cuda.is_available()
-        launched = launch("cuda" if cuda else "cpu", (5, 17, 33, 64, 130) if cuda else (3,))
-        print(f"{len(launched)} launches: {', '.join(dict.fromkeys(launched))}")
+        for line in launch("cuda" if cuda else "cpu", SIZES if cuda else ((3,),)):
+            print(line, flush=True)
         return 0
     sanitizer = find()
     if sanitizer is None:
         print("compute-sanitizer: skipped, it is neither on PATH nor in the CUDA toolkit's folder")
         return 0
-    with ThreadPoolExecutor() as pool:
-        return max(pool.map(lambda tool: _under(sanitizer, tool), TOOLS))
+    found = 0
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with Processes() as running:
+        for tool in TOOLS:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
+            command += [sys.executable, "-m", "tests.sanitize", "--inside"]
+            running.start(command, env=environment)
+        for tool, status in zip(TOOLS, running.wait(time.monotonic() + SECONDS), strict=True):
+            ended = f"was stopped after {SECONDS} seconds" if status is None else "has ended"
+            print(f"compute-sanitizer: {tool} {ended}, {'an error' if status else 'no error'}")
+            found |= bool(status)
+    return int(found)
 
 
 def find() -> str | None:
@@ -45,40 +60,20 @@ def find() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def launch(device: str, sizes: tuple[int, ...]) -> list[str]:
-    """Forward and backward of every chain by its kernels, where they take these sizes."""
-    launched = []
-    for case in CASES:
-        for n in sizes:
-            for dtype in (torch.float32, torch.float64, torch.bfloat16):
-                if n > case.max_kernel_n:
-                    continue
-                shape = case.shape(n, 3)
-                module = case.module(case.original(shape, 1.0, dtype).to(device))
-                with tp.use_path("kernel"):
-                    (row,) = tp.explain(module)
-                if row.path == "kernel":
-                    fused(module, torch.randn(shape, device=device).to(dtype), "kernel")
-                    launched.append(case.name)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return launched
-
-
-def _under(sanitizer: str, tool: str) -> int:
-    """Run what is inside under one tool; 0 where it finds nothing, or is too slow to tell."""
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "1"]
-    command += [sys.executable, "-m", "tests.sanitize", "--inside"]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    print(f"compute-sanitizer: {tool}", flush=True)
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        return process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        print(f"compute-sanitizer: {tool} was stopped after {SECONDS} seconds, nothing found")
-        return 0
+def launch(device: str, sizes: tuple[tuple[int, ...], ...]) -> Iterator[str]:
+    """Forward and backward of every chain by its kernels, where they take it: a line of each."""
+    for dtype, (*batch, n), case in product(DTYPES, sizes, CASES):
+        if n > case.max_kernel_n:
+            continue
+        shape = case.shape(n, *batch)
+        module = case.module(case.original(shape, 1.0, dtype).to(device))
+        with tp.use_path("kernel"):
+            (row,) = tp.explain(module)
+        if row.path == "kernel":
+            fused(module, torch.randn(shape, device=device).to(dtype), "kernel")
+            if device == "cuda":
+                torch.cuda.synchronize()
+            yield f"{case.name} {shape} {dtype}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import clock as clocks
-from benchmarks import machine, measure, reads, report, rounds, test_speed, weights
+from benchmarks import machine, measure, reads, report, rounds, test_speed, warm, weights
 from benchmarks.cases import (
     BACKWARD,
     BOTH,
@@ -114,7 +116,8 @@ def test_every_row_of_a_gpu(timed, cuda, folder, benchmark_stand_in, monkeypatch
     assert "| floor |" in table
     assert table.count(f"| {timed.name} ") == len(wholes)
     assert table.count(", graph |") == len(wholes) - 1
-    parts, memory, apart = folded
+    aims, parts, memory, apart = folded
+    assert "<summary>Aims: 0 of " in aims
     assert parts.count(f"| {timed.name} ") == len(wholes)
     assert parts.count(", graph |") == len(wholes) - 1
     assert memory.count(f"| {timed.name} ") == 1
@@ -189,6 +192,18 @@ def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in
     content = json.loads(path.read_text())
     assert [row["contender"] for row in content["rows"]] == ["composed", "closed"]
     assert content["machine"]["device"] == "Stand-in 1"
+
+
+def test_a_row_that_takes_too_long_is_cut_off():
+    with (
+        pytest.raises(pytest.skip.Exception, match="budget is spent"),
+        test_speed.cut_off(-1.0),
+        suppress(Exception),  # as a compiler does
+    ):
+        time.sleep(100)
+    with test_speed.cut_off(0.05):
+        pass
+    time.sleep(0.1)
 
 
 TALL = small(next(timed for timed in CUDA if timed.name == "tall_cayley"))
@@ -276,6 +291,46 @@ def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):
         else:
             assert row["speedup_over_composed"] > 0
     assert "eager: once" in {row.get("timed") for row in table}
+
+
+def test_a_slow_baseline_is_compiled_and_timed_once_where_there_is_room(cuda, monkeypatch):
+    monkeypatch.setitem(weights.ONCE, "cuda", 0.0)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled.append(read) or read)
+    table = both(TALL, cuda.clock)
+    assert "compiled" in {row["contender"] for row in table}
+    monkeypatch.setattr(weights, "COMPILED_ON_GPU", 0.0)
+    assert "compiled" not in {row["contender"] for row in both(TALL, cuda.clock)}
+    assert len(compiled) == 1
+
+
+def test_warming_compiles_every_row_and_goes_on_after_an_error(cuda, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled.append(read) or read)
+    monkeypatch.setattr(warm, "PARTS", 2)
+    monkeypatch.setattr(warm, "Clock", lambda kind: cuda.clock)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(warm, "CUDA", (SQUARE, TALL, replace(SQUARE, name="nothing"), SQUARE, TALL))
+    assert warm.main(["100", "0"]) == 0
+    assert len(compiled) == 2
+    monkeypatch.setattr(warm, "LARGE", 1)
+    warm.run(TALL, cuda.clock)
+    assert len(compiled) == 2
+    assert capsys.readouterr().out.startswith("benchmarks.warm: nothing (4, 4): ")
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [("exit 0", "2 of 2 parts"), ("exec sleep 100", "0 of 2 parts have compiled all they run, 2")],
+)
+def test_warming_says_how_far_it_came(inside, said, tmp_path, monkeypatch, capsys):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{inside}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(warm.sys, "executable", str(python))
+    monkeypatch.setattr(warm, "PARTS", 2)
+    assert warm.main(["0.2" if "sleep" in inside else "100"]) == 0
+    assert capsys.readouterr().out.startswith(f"benchmarks.warm: {said}")
 
 
 def test_a_wrong_result_is_not_timed(cuda, monkeypatch):

@@ -1,8 +1,12 @@
 """`python -m tests.on_gpu`, on the CPU and few tests."""
 
+import os
+import signal
+import time
+
 import pytest
 
-from tests import on_gpu
+from tests import on_gpu, processes
 
 
 def test_every_test_is_in_one_part(monkeypatch):
@@ -30,14 +34,41 @@ def test_parts_pass_or_fail(chosen, status, said, tmp_path, monkeypatch, capsys)
 
 
 def test_what_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "test_slow.py"
-    file.write_text("import time\n\n\ndef test_slow(): time.sleep(100)\n")
-    monkeypatch.setattr(on_gpu, "PARTS", 2)
-    assert on_gpu.main(["0.5", str(file)]) == 1
-    assert capsys.readouterr().out.count("stopped at 0.5 s") == 2
+    file, begun = tmp_path / "test_slow.py", tmp_path / "begun"
+    slow = f"open({str(begun)!r}, 'w'); time.sleep(100)"
+    file.write_text(f"import time\n\n\ndef test_a(): assert 1 == 2\n\n\ndef test_b(): {slow}\n")
+    monkeypatch.setattr(on_gpu, "PARTS", 1)
+    monkeypatch.setattr(on_gpu.time, "monotonic", lambda: 0.0)
+    wait = processes._status
+
+    def when_begun(process, deadline):
+        while not begun.exists() and process.poll() is None:
+            time.sleep(0.05)
+        return wait(process, 0.0 if deadline == 1.0 else 20.0)
+
+    monkeypatch.setattr(processes, "_status", when_begun)
+    assert on_gpu.main(["1", str(file)]) == 1
+    printed = capsys.readouterr().out
+    assert "part 1 of 1: stopped at 1 s" in printed
+    assert "assert 1 == 2" in printed  # what has failed until then
+
+
+def test_processes_end_with_the_one_that_started_them():
+    with pytest.raises(KeyboardInterrupt), processes.Processes() as running:
+        process = running.start(["sleep", "100"])
+        raise KeyboardInterrupt
+    assert process.poll() == -signal.SIGKILL
+    with pytest.raises(SystemExit), processes.Processes() as running:
+        process = running.start(["sleep", "100"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+    assert process.poll() == -signal.SIGKILL
 
 
 def test_without_a_gpu_nothing_is_started(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert on_gpu.main(["0"]) == 1
-    assert capsys.readouterr().out == f"tests.on_gpu: {on_gpu.NO_GPU}\n"
+    for arguments in ([], ["0"]):
+        assert on_gpu.main(arguments) == 1
+        assert capsys.readouterr().out == f"tests.on_gpu: {on_gpu.NO_GPU}\n"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert on_gpu.main([]) == 0

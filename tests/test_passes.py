@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tritonparam as tp
 from benchmarks import rounds
 from benchmarks.cases import BACKWARD, BOTH, FORWARD, Timed
 from benchmarks.clock import Clock, Sample
@@ -50,6 +51,19 @@ def test_a_turn_is_forward_then_backward_and_both(kind, seconds, both):
     assert clock.after == [True, False, False][: len(seconds)]
     assert all(y.grad_fn is not None for y in read)  # the forward pass builds the graph
     assert torch.equal(w.grad, g * w.exp())
+
+
+@pytest.mark.parametrize(("path", "launches"), [("kernel", 1), ("closed", 0)])
+def test_kernels_read_several_weights_together(path, launches, device, monkeypatch):
+    file, calls = tp.paths.kernels("weight_norm"), []
+    forward = file.weight_norm_fwd
+    monkeypatch.setattr(file, "weight_norm_fwd", lambda *args: calls.append(0) or forward(*args))
+    modules = [tp.weight_norm(torch.nn.Linear(3, n)).to(device) for n in (2, 3, 4)]
+    reader = Reader.of(path, modules)
+    with tp.use_path(path):
+        weights = reader.read()
+    assert [w.size(0) for w in weights] == [2, 3, 4]
+    assert len(calls) == launches
 
 
 def test_rounds_are_as_many_as_the_longest_turn_leaves_time_for(monkeypatch):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import machine, report
+from benchmarks import goals, machine, report
+from benchmarks.cases import CUDA
 
 
 def test_the_report_folds_what_stands_beside_the_times():
@@ -61,6 +62,44 @@ def test_the_first_table_has_the_least_and_the_most_of_each_chain():
     ]
     assert report._milliseconds(3_970_400.0) == "3,970"
     assert [report._ratio(x) for x in (0.954, 99.5, 1307.0)] == ["0.95×", "99.50×", "1,307×"]
+
+
+def test_aims_are_reached_missed_or_not_measured():
+    def rows(shape, phase, **medians):
+        base = {"shape": shape, "phase": phase, "floor_us": 10.0, "chain": "cayley"}
+        base |= {"product_us": {"float32": 1.0, "3xtf32": 100.0}, "device_median_us": 500.0}
+        return [base | {"contender": name, "median_us": us} for name, us in medians.items()]
+
+    eager, graph = "forward+backward", "forward+backward, graph"
+    small, one, large = [1024, 32, 32], [256, 256], [1024, 1024]
+    cayley = rows(small, eager, composed=2000.0, compiled=1000.0, kernel=100.0)
+    cayley += [r | {"timed": "graph replay"} for r in rows(small, graph, kernel=30.0)]
+    cayley += rows(one, eager, composed=1000.0, kernel=500.0)
+    replays = rows(one, graph, composed=7.0, compiled=800.0, kernel=100.0)
+    cayley += [r | {"timed": "graph replay"} for r in replays]
+    cayley += rows(large, eager, composed=5000.0, compiled=4999.0, kernel=1000.0)
+    read = [r | {"phase": "read"} for r in rows([64, 64], "", composed=9.0, kernel=10.0)]
+    lines = goals.lines({"cayley": cayley, "read": read})
+    n_rows = len(CUDA) - 1 + 1  # without weight norm, and with the read
+    assert f"Aims: 2 of {n_rows} reached, {n_rows - 4} not measured" in lines[1]
+    assert (
+        "| cayley 1024×32×32 | 20.00× (≥ 20×) | 10.00× (≥ 10×) | 3.00× (≤ 3×) of the floor | yes |"
+        in lines
+    )
+    assert (
+        "| cayley 256×256, graph | 10.00× (≥ 10×) | 8.00× (≥ 8×) | 3.33× (≤ 4×) of the path | yes |"
+        in lines
+    )
+    assert (
+        "| cayley 1024×1024 | 5.00× (≥ 5×) | 5.00× (≥ 5×) | 1.67× (≤ 2×) of the products | no |"
+        in lines
+    )
+    assert "| cayley 64×64, read | 0.90× (≥ 1×) | | | no |" in lines
+    assert (
+        "| spectral_norm 20 layers | – (≥ 10×) | – (≥ 4×) | – (≤ 2×) of the floor | not measured |"
+        in lines
+    )
+    assert "| householder 4096×64 | – (≥ 50×) | – (≥ 50×) | | not measured |" in lines
 
 
 def test_the_line_of_the_machine(monkeypatch):

@@ -44,6 +44,7 @@ def test_command(run, tmp_path, monkeypatch):
     shipped.write_text('{"format": 1, "rows": []}')
     result = run(f"{__name__}:model", "--device", "cpu", "--ship", "--json")
     assert result.exit_code == 0, result.output
+    assert f"are in {shipped}" in result.stderr
     (found,) = [json.loads(result.stdout)["tunings"]]
     assert [t["row"]["chain"] for t in found] == ["cayley", "weight_norm"]
     assert {row["n"] for row in tables.read(shipped).values()} == {3, 6, 8, 16}

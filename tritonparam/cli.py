@@ -194,7 +194,7 @@ def tune(
     interrupted run goes on where it was. What is measured speaks for all sizes, and batches, of
     the same next power of two: of 96 and 128 only the first is measured.
     """
-    from tritonparam import report
+    from tritonparam import report, tables
 
     try:
         found = report.tunings(
@@ -221,6 +221,8 @@ def tune(
         print("\n\n".join(map(str, found)))
     else:
         print("everything was measured before; --again measures it anew")
+    if ship:
+        print(f"shipped: all rows of your table are in {tables.SHIPPED}", file=sys.stderr)
 
 
 def bench(

@@ -43,7 +43,7 @@ class Tuning:
     def __str__(self) -> str:  # noqa: D105
         row = self.row
         title = f"{row['chain']}, {row['batch']} of n = {row['n']}, {row['dtype']}, {row['device']}"
-        cells = [("", "path", "configuration", "registers", "shared bytes", "µs", "ratio")]
+        cells = [("", "path", "configuration", "registers", "shared bytes", "µs", "of default")]
         for trial in self.trials:
             chosen = self.floor is not None and (trial.path, trial.config) == (
                 row["path"],

@@ -1,0 +1,72 @@
+"""Processes that end with the one that started them, or when their time is over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+GRACE = 5.0  # seconds between the request to stop, at which pytest prints what failed, and the end
+
+
+class Processes:
+    """A context in which processes run, each in a group of its own with what it starts.
+
+    Those that run when it is left, by an error, Ctrl-C or a termination, are killed.
+    """
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Processes:
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._started:
+            _kill(process)
+        signal.signal(signal.SIGTERM, self._before)
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen:
+        """Start one, with the options of ``subprocess.Popen``."""
+        self._started.append(subprocess.Popen(command, start_new_session=True, **options))
+        return self._started[-1]
+
+    def wait(self, deadline: float) -> Iterator[int | None]:
+        """Their statuses in the order of their starts; None for one that the deadline has stopped.
+
+        That is a reading of ``time.monotonic``.
+        """
+        stopped: list[subprocess.Popen] = []
+        for process in self._started:
+            status = _status(process, deadline)
+            if status is None and not stopped:
+                stopped = [p for p in self._started if p.poll() is None]
+                for late in stopped:
+                    late.send_signal(signal.SIGINT)
+            if process in stopped:
+                _status(process, deadline + GRACE)
+                _kill(process)
+                status = None
+            yield status
+
+
+def _status(process: subprocess.Popen, deadline: float) -> int | None:
+    try:
+        return process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End it with its group, if it has not ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
