@@ -87,7 +87,7 @@ def _factors(x: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     (vv,) = gram((x,), (x,), config, parts=("unit", "unit"))
     diagonal = x.diagonal(dim1=1, dim2=2)
     d = torch.where(diagonal < 0, -1.0, 1.0).double() + 0 * diagonal
-    return inverse(vv, None, "triangle"), d
+    return inverse(vv, None, "triangle"), d.contiguous()  # not if x has its batch last
 
 
 def n_launches(k: int, *, based: bool) -> tuple[int, int]:

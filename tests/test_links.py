@@ -21,9 +21,9 @@ def orthogonal(*shape: int, det: float | None = None) -> torch.Tensor:
     return q
 
 
-def rotation(n: int, largest_angle: float) -> torch.Tensor:
-    """An orthogonal matrix with these eigenvalue angles: largest, ..., near zero, in pairs."""
-    angles = torch.linspace(largest_angle, 0.1, n // 2, dtype=torch.float64)
+def rotation(n: int, largest_angle: float, smallest_angle: float = 0.1) -> torch.Tensor:
+    """An orthogonal matrix with these eigenvalue angles: largest, ..., smallest, in pairs."""
+    angles = torch.linspace(largest_angle, smallest_angle, n // 2, dtype=torch.float64)
     x = torch.zeros(n, n, dtype=torch.float64)
     for i, angle in enumerate(angles):
         x[2 * i, 2 * i + 1], x[2 * i + 1, 2 * i] = angle, -angle
@@ -127,16 +127,42 @@ def test_matrix_exponential_16_bit_and_batches(dtype):
     assert tp.MatrixExponential()(torch.zeros(0, 0)).shape == (0, 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 32])
-def test_logarithm_of_rotations_is_exactly_skew(n):
-    exp = tp.MatrixExponential()
-    q = torch.stack((rotation(n, 3.0), orthogonal(n, n, det=1.0), torch.eye(n).double()))
-    x = exp.right_inverse(q)
-    assert torch.equal(x, -x.mT)
-    assert torch.allclose(exp(x), q, atol=1e-12)
-    x32 = exp.right_inverse(q.float())
-    assert torch.equal(x32, -x32.mT)
-    assert torch.allclose(exp(x32), q.float(), atol=2e-5)
+ROTATIONS = {
+    "large angles": lambda n: rotation(n, 3.0),
+    "a half turn": lambda n: rotation(n, math.pi),
+    "half turns": lambda n: rotation(n, math.pi, math.pi),
+    "minus one and one": lambda n: torch.diag((torch.arange(n) < n // 2 * 2 - 2).double() * -2 + 1),
+    "almost half turns": lambda n: rotation(n, math.pi - 1e-4, math.pi - 1e-9),
+    "one angle": lambda n: rotation(n, 2.5, 2.5),
+    "small angles": lambda n: rotation(n, 1e-4, 1e-17),
+    "any": lambda n: orthogonal(n, n, det=1.0),
+    "none": lambda n: torch.eye(n, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=lambda d: str(d)[6:])
+def test_logarithm_of_rotations_is_exactly_skew(kind, dtype):
+    for n in (1, 2, 5, 32):
+        q = ROTATIONS[kind](n).to(dtype)
+        x = tp.MatrixExponential().right_inverse(q)
+        assert torch.equal(x, -x.mT)
+        angles, v = torch.linalg.eigh(1j * x.double())
+        eps = torch.finfo(dtype).eps
+        assert angles.abs().max() <= math.pi * (1 + 8 * eps)
+        exp = ((v * (-1j * angles).exp()) @ v.mH).real
+        # A few dozen roundings of eigenvectors; that of x itself is that of angles up to π.
+        assert float((exp - q.double()).abs().max()) <= (32 if dtype == torch.float64 else 4) * eps
+
+
+@pytest.mark.parametrize("angle", [math.pi, math.pi - 1e-4, 2.5])
+def test_a_rotation_that_is_assigned_comes_back(angle):
+    layer = tp.register_parametrization(
+        nn.Linear(9, 9), "weight", tp.Skew(), tp.MatrixExponential()
+    )
+    q = rotation(9, angle, angle).float()
+    layer.weight = q
+    assert torch.allclose(layer.weight, q, atol=16 * torch.finfo(q.dtype).eps)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 32])
@@ -205,9 +231,9 @@ REFUSED_VALUES = {
     "exp reflection": (
         tp.MatrixExponential(),
         orthogonal(5, 5, det=-1.0).float(),
-        "eigenvalue -1",
+        "determinant -1",
     ),
-    "exp half turn": (tp.MatrixExponential(), -torch.eye(2), "real principal logarithm"),
+    "exp point reflection": (tp.MatrixExponential(), -torch.eye(3), "real principal logarithm"),
     "exp general negative": (
         tp.MatrixExponential(),
         torch.tensor([[-1.0, 5.0], [0.0, 2.0]]),

@@ -36,10 +36,10 @@ ERRORS = {
         ValueError,
         "a symmetric matrix with eigenvalue -2.0e+00",
     ),
-    "log of a half turn": (
-        lambda: logm.orthogonal(-EYE, 1e-16),
+    "log of a reflection": (
+        lambda: logm.orthogonal(EYE.flip(0)),
         ValueError,
-        "an orthogonal matrix with eigenvalue -1",
+        "an orthogonal matrix with determinant -1",
     ),
     "log of a negative eigenvalue": (
         lambda: logm.general(torch.tensor([[-1.0, 5.0], [0.0, 2.0]]).double(), 1e-12),

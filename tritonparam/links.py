@@ -234,9 +234,9 @@ class MatrixExponential(nn.Module):
     def right_inverse(self, a: Tensor) -> Tensor:
         """The principal logarithm, computed in fp64.
 
-        Exactly skew for an orthogonal matrix and exactly symmetric for a symmetric one. Raises
+        Exactly skew for an orthogonal matrix, and exactly symmetric for a symmetric one. Raises
         NoPreimage where no real principal logarithm exists: an eigenvalue that is zero or
-        negative.
+        negative. But a rotation may turn planes by π, the way of which is then arbitrary.
         """
         require_square("MatrixExponential", a)
         require_float("MatrixExponential", a)
@@ -248,16 +248,18 @@ class MatrixExponential(nn.Module):
         if a.numel() == 0:
             return a.clone()
         flat = as_batch(a.detach().double())
-        allowed, eps = tolerance(a), torch.finfo(a.dtype).eps
+        allowed, n = tolerance(a), a.size(-1)
         asymmetry = max_abs(flat - flat.mT) / max_abs(flat)
         defect = orthogonality_defect(flat)
+        # Of an orthogonal matrix that is symmetric it is n - 2k, for an eigenvalue -1 k times.
+        trace = flat.diagonal(dim1=-2, dim2=-1).sum(-1)
         logs = torch.zeros_like(flat)
         try:
             for i, ai in enumerate(flat):
-                if asymmetry[i] <= min(allowed, float(defect[i])):
+                if defect[i] <= allowed and (asymmetry[i] > defect[i] or trace[i] < n - 1):
+                    logs[i] = logm.orthogonal(ai)
+                elif asymmetry[i] <= allowed:
                     logs[i] = logm.symmetric(ai)
-                elif defect[i] <= allowed:
-                    logs[i] = logm.orthogonal(ai, eps)
                 else:
                     logs[i] = logm.general(ai, allowed)
         except ValueError as error:

@@ -20,20 +20,51 @@ def symmetric(a: Tensor) -> Tensor:
     return (log + log.mT) / 2
 
 
-def orthogonal(q: Tensor, eps: float) -> Tensor:
-    """log Q, exactly skew, of an orthogonal matrix without eigenvalue -1.
+def orthogonal(q: Tensor) -> Tensor:
+    """log Q, exactly skew, of an orthogonal matrix with determinant 1; angles are in [-π, π].
 
-    X = I - 2(I + Q)⁻¹ is skew, so that iX is Hermitian: iX = V diag(λ) Vᴴ has
-    log Q = Re(V diag(-2i atan λ) Vᴴ). Repeated eigenvalues do no harm. `eps` is the rounding
-    that q has been through: entries of X beyond eps**-0.5 are not told from an eigenvalue -1.
+    Eigenvectors of Q + Qᵀ part the planes that Q turns by more from the others, at a gap between
+    the cosines; then neither Q there nor -Q here has an eigenvalue near -1. Repeated angles do no
+    harm, and neither does π: that plane may be turned either way.
     """
-    inverse, info = torch.linalg.inv_ex(identity_like(q) + q)
-    x = identity_like(q) - 2 * inverse
-    if int(info) != 0 or float(x.abs().max()) > eps**-0.5:
-        raise ValueError("an orthogonal matrix with eigenvalue -1")
-    values, vectors = torch.linalg.eigh(1j * (x - x.mT) / 2)
-    log = ((vectors * (-2j * values.atan())) @ vectors.mH).real
-    return (log - log.mT) / 2
+    q = _nearest_orthogonal(q)
+    cosines, vectors = torch.linalg.eigh((q + q.mT) / 2)
+    ends = cosines.new_tensor([-1.0, 1.0])
+    between = torch.cat((ends[:1], cosines, ends[1:])).clamp(-0.7, 0.7)
+    split = int(between.diff().argmax())
+    if split % 2:
+        raise ValueError("an orthogonal matrix with determinant -1")
+    log = torch.zeros_like(q)
+    for basis, sign in ((vectors[:, :split], -1), (vectors[:, split:], 1)):
+        x, y, angles = _planes(sign * basis.mT @ q @ basis)
+        log += (basis @ y * (angles if sign == 1 else angles - torch.pi)) @ (basis @ x).mT
+    return log - log.mT
+
+
+def _nearest_orthogonal(q: Tensor) -> Tensor:
+    """That of q, which its dtype has rounded, by Newton-Schulz iteration."""
+    for _ in range(8):
+        defect = identity_like(q) - q.mT @ q
+        q = q + q @ defect / 2
+        if float(defect.abs().max()) < 1e-8:  # the next one would be its square
+            break
+    return q
+
+
+def _planes(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal x, y by columns, and angles in [0, π), with log Q = Σ angle (y xᵀ - x yᵀ).
+
+    X = I - 2(I + Q)⁻¹ is skew, so that iX is Hermitian, with an eigenvalue tan(angle / 2) for the
+    eigenvector x + i y. As the angle goes to 0 that pair loses its orthogonality, but QR restores
+    it: planes come by falling angle, and what is left is turned by nothing.
+    """
+    x = identity_like(q) - 2 * torch.linalg.inv(identity_like(q) + q)
+    tangents, vectors = torch.linalg.eigh(1j * (x - x.mT) / 2)
+    n = q.size(-1) // 2
+    tangents, vectors = tangents.flip(0)[:n], vectors.flip(1)[:, :n]
+    basis, r = torch.linalg.qr(torch.view_as_real(vectors).flatten(1))
+    basis = torch.where(r.diagonal() < 0, -basis, basis)
+    return basis[:, ::2], basis[:, 1::2], 2 * tangents.atan()
 
 
 def general(a: Tensor, tolerance: float) -> Tensor:
