@@ -128,12 +128,6 @@ def cayley_fwd_kernel(
             t += m * (m - tl.where(diagonal == i, 1.0, 0.0))
             s += m * m
         excess = excess + (_excess(t, s),)
-    next_rows = ()
-    for i in tl.static_range(BLOCK_COLS):
-        for part in tl.static_range(PARTS):
-            m = rows[i * PARTS + part]
-            next_rows = next_rows + (m - excess[part] * m,)
-    rows = next_rows
 
     # Loops over the blocks of Q, to compile a quarter of the code.
     q_ptr += matrix * n_cols * n_cols
@@ -149,6 +143,7 @@ def cayley_fwd_kernel(
             for i in tl.static_range(BLOCK_LANES):
                 line = take_lane(rows[i * PARTS : (i + 1) * PARTS], sources[0], BLOCK_LANES)
                 q = tl.where(row == i, line[None, :, :], q)
+            q -= take_lane(excess, sources[0], BLOCK_LANES)[None, :, :] * q
             mask_c = mask & (c < n_cols)
             d = tl.load(d_ptr + matrix * d_stride + c, mask=mask_c, other=0.0).to(ACC)
             q = (2.0 * q - tl.where(p == c, 1.0, 0.0)) * d
