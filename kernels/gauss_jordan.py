@@ -6,6 +6,23 @@ import triton.language as tl
 from tritonparam.kernels.tile import load_skew_block, load_triu, take_lane, take_uniform
 
 
+@triton.jit
+def _reciprocal(x):
+    """1 / x, rounded once: a GPU's own quotient is up to 2 ulp off. NaN of infinity and of 0."""
+    y = 1.0 / x
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def _excess(t, s):
+    """By how much columns of M = (I - X)^{-1} are too long, of t = sum M (M - I) and s = sum M^2.
+
+    M + M^T = 2 M^T M, so that t is 0 but for rounding, above all of what were pivots near 1. Where
+    s, which is above 1 / (1 + ||X||^2), is so small that M is no longer seen in Q, it is 0.
+    """
+    return t / tl.maximum(s, 1e-7)
+
+
 @triton.jit(
     do_not_specialize=["n_matrices", "n_cols", "w_stride", "w_stride_row", "d_stride"],
     do_not_specialize_on_alignment=["w_ptr", "d_ptr", "q_ptr"],
@@ -57,12 +74,12 @@ def cayley_fwd_kernel(
 
     zero = tl.zeros([BLOCK_MATRICES, BLOCK_LANES], tl.int32)
     cols = ()  # the column of each lane
-    used = ()  # 1 where the column was a pivot, and in the padding
+    source = ()  # the step that used this column; -1 before it, 0 in the padding
     pivots = ()  # p_k in lane k
     for part in tl.static_range(PARTS):
         lane = zero + tl.arange(0, BLOCK_LANES)[None, :] + part * BLOCK_LANES
         cols = cols + (lane,)
-        used = used + (tl.where(lane < n_cols, 0, 1),)
+        source = source + (tl.where(lane < n_cols, -1, 0),)
         pivots = pivots + (zero,)
     for k0 in range(0, n_cols, UNROLL):
         for j in tl.static_range(UNROLL):
@@ -71,22 +88,22 @@ def cayley_fwd_kernel(
             best = zero - 1
             for part in tl.static_range(PARTS):
                 size = tl.abs(rows[j * PARTS + part]).to(tl.float32).to(tl.int32, bitcast=True)
-                free = tl.where(k < n_cols, used[part], cols[part] - k) == 0
+                free = tl.where(k < n_cols, source[part], cols[part] - k - 1) == -1
                 best = tl.maximum(best, tl.where(free, (size & -BLOCK_COLS) | cols[part], -1))
             pivot = zero + (tl.max(best, axis=1, keep_dims=True) & (BLOCK_COLS - 1))
             a = take_uniform(rows[j * PARTS : (j + 1) * PARTS], pivot, BLOCK_LANES)
-            inverse = 1.0 / a + (a - a)  # an infinite pivot gives NaN, not 0
+            inverse = _reciprocal(a)
             hits = ()
             scaled = ()
-            next_used = ()
+            next_source = ()
             next_pivots = ()
             for part in tl.static_range(PARTS):
                 hit = cols[part] == pivot
                 hits = hits + (hit,)
                 scaled = scaled + (tl.where(hit, inverse, rows[j * PARTS + part] * inverse),)
-                next_used = next_used + (tl.where(hit, 1, used[part]),)
+                next_source = next_source + (tl.where(hit, k, source[part]),)
                 next_pivots = next_pivots + (tl.where(cols[part] == k, pivot, pivots[part]),)
-            used = next_used
+            source = next_source
             pivots = next_pivots
             next_rows = ()
             for i in tl.static_range(BLOCK_COLS):
@@ -100,8 +117,19 @@ def cayley_fwd_kernel(
             rows = next_rows
         rows = rows[UNROLL * PARTS :] + rows[: UNROLL * PARTS]
 
-    # Row k is now at k + shift. Loops over the blocks of Q, to compile a quarter of the code.
-    shift = BLOCK_COLS - (n_cols + UNROLL - 1) // UNROLL * UNROLL
+    shift = BLOCK_COLS - (n_cols + UNROLL - 1) // UNROLL * UNROLL  # row k is now at k + shift
+    excess = ()
+    for part in tl.static_range(PARTS):
+        diagonal = take_lane(source, source[part], BLOCK_LANES) + shift
+        t = tl.zeros([BLOCK_MATRICES, BLOCK_LANES], ACC)
+        s = tl.zeros([BLOCK_MATRICES, BLOCK_LANES], ACC)
+        for i in tl.static_range(BLOCK_COLS):
+            m = rows[i * PARTS + part]
+            t += m * (m - tl.where(diagonal == i, 1.0, 0.0))
+            s += m * m
+        excess = excess + (_excess(t, s),)
+
+    # Loops over the blocks of Q, to compile a quarter of the code.
     q_ptr += matrix * n_cols * n_cols
     for out_row in range(0, BLOCK_COLS, BLOCK_LANES):
         k = cols[0] + (out_row - shift)
@@ -115,6 +143,7 @@ def cayley_fwd_kernel(
             for i in tl.static_range(BLOCK_LANES):
                 line = take_lane(rows[i * PARTS : (i + 1) * PARTS], sources[0], BLOCK_LANES)
                 q = tl.where(row == i, line[None, :, :], q)
+            q -= take_lane(excess, sources[0], BLOCK_LANES)[None, :, :] * q
             mask_c = mask & (c < n_cols)
             d = tl.load(d_ptr + matrix * d_stride + c, mask=mask_c, other=0.0).to(ACC)
             q = (2.0 * q - tl.where(p == c, 1.0, 0.0)) * d
@@ -157,7 +186,7 @@ def cayley_fwd_tile_kernel(
         pivot = tl.max(size, axis=0) & (BLOCK_COLS - 1)
         m = tl.sum(tl.where(c == pivot, a, 0.0), axis=1)
         p = tl.sum(tl.where(col == pivot, s, 0.0), axis=0)
-        inverse = 1.0 / p + (p - p)
+        inverse = _reciprocal(p)
         s = tl.where(col == pivot, inverse, s * inverse)
         a = tl.where(r == k, s[None, :], tl.where(c == pivot, 0.0, a) - m[:, None] * s[None, :])
         target = tl.where(row == k, pivot, target)
@@ -165,6 +194,9 @@ def cayley_fwd_tile_kernel(
         used = tl.where(col == pivot, 1, used)
     mask = (r < n_cols) & (c < n_cols)
     d = tl.load(d_ptr + matrix * d_stride + source, mask=col < n_cols, other=0.0).to(ACC)
-    q = (2.0 * a - tl.where(target[:, None] == source[None, :], 1.0, 0.0)) * d[None, :]
+    eye = tl.where(target[:, None] == source[None, :], 1.0, 0.0)
+    excess = _excess(tl.sum(a * (a - eye), axis=0), tl.sum(a * a, axis=0))
+    a -= excess[None, :] * a
+    q = (2.0 * a - eye) * d[None, :]
     offset = (matrix * n_cols + target[:, None]) * n_cols + source[None, :]
     tl.store(q_ptr + offset, q, mask=mask)

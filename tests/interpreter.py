@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to patch its language once a launch, and to round bf16 as a GPU does.
+"""Triton's interpreter, made to patch its language once a launch, and to round as a GPU does.
 
 It patches anew for every device function that a kernel calls, which is a third of its time and
 changes nothing: what was patched for the launch stays patched until the launch is over. To bf16 it
@@ -66,3 +66,48 @@ def round_to_nearest() -> None:
         return np.where(np.isnan(x), np.uint16(0x7FC0), rounded.reshape(x.shape))
 
     interpreter._convert_float = converted
+
+
+def compute_as_a_gpu(monkeypatch) -> bool:
+    """Division of fp32 up to 2 ulp off, `tl.dot` in TF32, truncated, and in three such products.
+
+    Whether an operation is off, and which way, depends on its operands alone, as on a GPU: programs
+    that compute the same thing agree. Returns False where the interpreter is not as this knows it.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    if not hasattr(builder, "create_fdiv") or not hasattr(builder, "create_dot"):
+        return False
+    divide, dot = builder.create_fdiv, builder.create_dot
+
+    def off(self, x, y):
+        quotient = divide(self, x, y)
+        if quotient.data.dtype != np.float32:
+            return quotient
+        exact = np.frexp(np.abs(y.data))[0] == 0.5  # by a power of two
+        digits = quotient.data.view(np.uint32) * np.uint32(2654435761) >> 16
+        near = quotient.data + (digits % 5 - 2.0) * np.spacing(quotient.data)
+        keep = exact | ~np.isfinite(quotient.data)
+        quotient.data = np.where(keep, quotient.data, near).astype(np.float32)
+        return quotient
+
+    def cut(x, add=0):
+        return ((x.view(np.uint32) + np.uint32(add)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def tensor_core(self, x, y, acc, precision, *rest):
+        name = str(precision).upper()
+        if "TF32" not in name or acc.data.dtype != np.float32:
+            return dot(self, x, y, acc, precision, *rest)
+        a, b = (np.ascontiguousarray(z.data) for z in (x, y))
+        if "X3" not in name:
+            return handle(np.matmul(cut(a), cut(b)) + acc.data, acc.dtype.scalar)
+        large_a, large_b = cut(a, 0x1000), cut(b, 0x1000)  # to nearest
+        small_a, small_b = cut(a - large_a, 0x1000), cut(b - large_b, 0x1000)
+        small = np.matmul(small_a, large_b) + np.matmul(large_a, small_b)
+        return handle(np.matmul(large_a, large_b) + (small + acc.data), acc.dtype.scalar)
+
+    monkeypatch.setattr(builder, "create_fdiv", off)
+    monkeypatch.setattr(builder, "create_dot", tensor_core)
+    return True

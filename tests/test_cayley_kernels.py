@@ -8,6 +8,8 @@ from torch.linalg import matrix_norm
 
 pytest.importorskip("triton")
 
+from benchmarks.accuracy import allowed
+from tests.interpreter import compute_as_a_gpu
 from tests.spectra import SPECTRA, gaussian, log_spread, low_rank, with_norm, zero_diagonal_blocks
 from tritonparam.kernels import cayley
 
@@ -87,6 +89,20 @@ def test_as_exact_as_the_pivoted_solve(n, norm, spectrum):
     batch = 4 if n <= 8 else 2 if n <= 16 else 1
     w = torch.stack([with_norm(spectrum(n), norm).triu(1) for _ in range(batch)]).float()
     check(w, signs(batch, n).float(), torch.randn(batch, n, n))
+
+
+@pytest.mark.parametrize(("n", "norm"), [(5, 1000.0), (24, 1.0)])
+def test_within_the_bound_of_accuracy_in_the_arithmetic_of_a_gpu(n, norm, monkeypatch):
+    if DEVICE == "cpu" and not compute_as_a_gpu(monkeypatch):
+        pytest.skip("Triton's interpreter is not as the tests know it")
+    batch = 4 if n <= 8 else 1
+    w = torch.stack([with_norm(gaussian(n), norm).triu(1) for _ in range(batch)]).float()
+    d, g = torch.ones(batch, n), torch.randn(batch, n, n)
+    exact, solve, got = reference(w, d, g, torch.float64), reference(w, d, g, w.dtype), run(w, d, g)
+    defects = [matrix_norm(q.mT @ q - torch.eye(n)).max() / n**0.5 for q in (solve[0], got[0])]
+    assert defects[1] <= allowed(float(defects[0]))
+    for x, torchs, mine in zip(exact, solve, got, strict=True):
+        assert (mine - x).norm() <= allowed(float((torchs - x).norm() / x.norm())) * x.norm()
 
 
 @pytest.mark.parametrize("norm", [0.1, 10.0, 1000.0])

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.interpreter import compute_as_a_gpu
+
 if not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("kernels run on a GPU", allow_module_level=True)
 
@@ -67,3 +69,27 @@ def test_bf16_is_rounded_to_nearest():
     assert torch.equal(y[:-1016].view(torch.int16), x[:-1016].bfloat16().view(torch.int16))
     assert y[8].isnan()
     assert torch.equal(y[9:], x[9:].bfloat16())
+
+
+@triton.jit
+def _quotients_and_products(x_ptr, y_ptr, z_ptr, PRECISION: tl.constexpr):
+    at = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    x, y = tl.load(x_ptr + at), tl.load(y_ptr + at)
+    tl.store(z_ptr + at, x / y)
+    tl.store(z_ptr + 1024 + at, tl.dot(x, y, input_precision=PRECISION))
+
+
+@pytest.mark.parametrize(
+    ("precision", "least", "most"), [("ieee", 0, 3e-7), ("tf32x3", 0, 1e-6), ("tf32", 1e-4, 2e-3)]
+)
+def test_the_arithmetic_of_a_gpu(precision, least, most, monkeypatch):
+    if not compute_as_a_gpu(monkeypatch):
+        pytest.skip("Triton's interpreter is not as the tests know it")
+    x, y, z = torch.randn(32, 32), torch.randn(32, 32), torch.empty(2, 32, 32)
+    y[0] = 0.5
+    _quotients_and_products[(1,)](x, y, z, precision)
+    assert torch.equal(z[0, 0], 2 * x[0])
+    ulps = (z[0].double() * y / x - 1).abs().max() * 2**23
+    assert 1 < ulps <= 2.5  # 2 from the nearest
+    exact = x.double() @ y.double()
+    assert least <= (z[1] - exact).norm() / exact.norm() <= most
