@@ -162,12 +162,10 @@ def skew_cayley(w: Tensor, signature: Tensor, left: Tensor | None = None) -> Ten
 def is_few(x: Tensor) -> bool:
     """Whether ``cayley_of_few`` takes x, [n, k] with n >= k, here and now."""
     return (
-        x.is_cpu
+        paths.on_cpu(x)
         and x.dim() == 2
         and x.numel() > 0
         and x.size(0) <= _FEW
-        and paths.override() != "kernel"
-        and bool(paths.device_declines(x))
         and not torch.compiler.is_compiling()
     )
 
