@@ -8,6 +8,7 @@ import torch
 from benchmarks.accuracy import allowed
 from tests.cases import CASES, composed, error, fused
 from tritonparam.ops.cayley import skew_cayley
+from tritonparam.orthogonal_maps import from_left
 
 CAYLEY = next(case for case in CASES if case.name == "cayley")
 
@@ -62,6 +63,43 @@ def test_nothing_finite_is_left_where_the_original_is_not(bad):
             assert skew_cayley(w, signs(n)).isnan().all()
     finite = torch.full((4, 4), 1e38)  # the sum of these is not
     assert skew_cayley(finite, torch.ones(4)).isfinite().all()
+
+
+def torchs(x: torch.Tensor) -> torch.Tensor:
+    link = torch.nn.utils.parametrizations.orthogonal(
+        torch.nn.Linear(*x.shape), orthogonal_map="cayley", use_trivialization=False
+    ).parametrizations.weight[0]
+    return link(x)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 1e3])
+def test_torchs_map_is_as_exact_and_as_orthogonal(norm):
+    errors = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = (torch.randn(96, 96) * (norm / 96**0.5)).requires_grad_()
+        g = torch.randn(96, 96)
+        ys = from_left(None, "cayley", x), torchs(x), torchs(x.double())
+        dxs = [torch.autograd.grad(y, x, g.to(y.dtype))[0] for y in ys]
+        q, q32, q64 = (y.detach() for y in ys)
+        off, off32 = ((y.mT.double() @ y.double() - torch.eye(96)).norm() for y in (q, q32))
+        values = error(q, q64), error(q32, q64)
+        gradients = (error(dx, dxs[2]) for dx in dxs[:2])
+        errors.append((*values, *gradients, float(off), float(off32)))
+    ours, theirs = torch.tensor(errors).double().square().mean(0).sqrt().view(3, 2).unbind(1)
+    assert all(a <= allowed(float(b)) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    assert ours[2] <= theirs[2]
+
+
+def test_second_derivatives_of_torchs_map_are_torchs():
+    x = (torch.randn(70, 70, dtype=torch.float64) / 9).requires_grad_()
+    g, h = torch.randn(2, 70, 70, dtype=torch.float64)
+    found = []
+    for q in (from_left(None, "cayley", x), torchs(x)):
+        (dx,) = torch.autograd.grad(q, x, g, create_graph=True)
+        found.append((q, dx, torch.autograd.grad(dx, x, h)[0]))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-11)
 
 
 def test_autocast_and_fp16_compute_in_fp32():

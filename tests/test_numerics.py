@@ -12,15 +12,21 @@ from tritonparam import numerics
 
 @pytest.mark.parametrize("kind", SPECTRA, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
-    "shape", [(32, 48, 48), (40, 57, 57), (32, 65, 65), (1, 385, 385), (1, 512, 512)]
+    ("shape", "leaf"),
+    [
+        ((32, 48, 48), 16),
+        ((40, 57, 57), 16),
+        ((32, 65, 65), 16),
+        ((1, 385, 385), 64),
+        ((1, 512, 512), 64),
+    ],
 )
 @pytest.mark.parametrize("norm", [0.1, 1.0, 10.0, 30.0, 100.0, 1e3, 1e4])
-def test_inverse_is_as_exact_as_a_pivoted_solve(kind, shape, norm):
+def test_inverse_is_as_exact_as_a_pivoted_solve(kind, shape, leaf, norm):
     n = shape[-1]
-    assert numerics._leaf(torch.empty(shape)) is not None
     x = torch.stack([with_norm(kind(n), norm) for _ in range(shape[0])])
     a = (torch.eye(n) - x).float()
-    ours = 2 * numerics.inverse_definite(a) - torch.eye(n)
+    ours = 2 * numerics.eliminated(a, leaf) - torch.eye(n)
     assert ours.is_contiguous()
     exact = torch.stack([2 * torch.linalg.inv(ai) - torch.eye(n) for ai in a.double()])
     solved = torch.stack([torch.linalg.solve(ai, 2 * torch.eye(n) - ai) for ai in a])
@@ -34,13 +40,23 @@ def test_each_way_is_taken(monkeypatch):
     monkeypatch.setattr(numerics, "_lapack_inverse", lambda a: calls.append(len(a)) or lapack(a))
     x = with_norm(zero_diagonal_blocks(400), 1.0).float()
     eye = torch.eye(400)
-    assert torch.equal(numerics.inverse_definite(eye - x), block(eye - x, 64))
+    assert torch.equal(numerics.eliminated(eye - x, 64), block(eye - x, 64))
     assert max(calls) <= 64
-    refined = numerics.inverse_definite(eye - 30 * x)
+    refined = numerics.eliminated(eye - 30 * x, 64)
     assert not torch.equal(refined, block(eye - 30 * x, 64))
     assert max(calls) <= 64
-    numerics.inverse_definite(eye - 1e6 * x)
+    numerics.eliminated(eye - 1e6 * x, 64)
     assert max(calls) == 400
+
+
+@pytest.mark.parametrize(
+    ("shape", "leaf"),
+    [((32, 48, 48), 16), ((31, 48, 48), None), ((767, 767), None), ((768, 768), 64)],
+)
+def test_what_is_eliminated_in_blocks(monkeypatch, shape, leaf):
+    monkeypatch.setattr(numerics, "eliminated", lambda a, leaf: leaf)
+    monkeypatch.setattr(numerics, "_lapack_inverse", lambda a: None)
+    assert numerics.inverse_definite(torch.empty(shape)) == leaf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])

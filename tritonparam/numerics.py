@@ -82,16 +82,18 @@ def inv_ex(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_definite(a: Tensor) -> Tensor:
-    """a⁻¹, contiguous, for a contiguous [..., n, n] whose symmetric part is at least I.
-
-    On the CPU large matrices, and large batches, are eliminated in 2×2 blocks, which is nearly all
-    matrix products. Without pivots across blocks that loses digits as ‖a‖² grows (Golub & Van
-    Loan, Matrix Computations, 4.2): the residual decides whether a Newton step follows, which
-    squares it, or LAPACK after all.
-    """
+    """a⁻¹, contiguous, for a contiguous [..., n, n] whose symmetric part is at least I."""
     leaf = _leaf(a)
-    if leaf is None:
-        return _lapack_inverse(a)
+    return _lapack_inverse(a) if leaf is None else eliminated(a, leaf)
+
+
+def eliminated(a: Tensor, leaf: int) -> Tensor:
+    """The same by elimination in 2×2 blocks down to a size, nearly all of it matrix products.
+
+    Without pivots across blocks that loses digits as ‖a‖² grows (Golub & Van Loan, Matrix
+    Computations, 4.2): the residual decides whether a Newton step follows, which squares it, or
+    LAPACK after all.
+    """
     m = _block_inverse(a, leaf)
     residual, rounding = _residual(a, m), 8 * torch.finfo(a.dtype).eps
     if residual <= rounding:
@@ -102,14 +104,13 @@ def inverse_definite(a: Tensor) -> Tensor:
 
 
 def _leaf(a: Tensor) -> int | None:
-    """The size of block that LAPACK inverts, or None where blocks gain nothing (1, 2 threads)."""
+    """The size of block that LAPACK inverts, or None where it inverts the whole as fast."""
     n = a.size(-1)
     if n < 48 or not a.is_cpu or a.numel() == 0:
         return None
     if a.numel() >= 32 * n * n:
         return 16
-    # Up to 384 the time is that of LAPACK, but 2M - I of a small matrix has half the error.
-    return 64 if n >= 384 else 128 if n > 192 else None
+    return 64 if n >= 768 else None
 
 
 def _lapack_inverse(a: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ def device_declines(x: Tensor) -> str:
     return ""
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether ``device_declines`` says no because x is on the CPU; it costs less than to ask."""
+    return x.is_cpu and _override != "kernel"
+
+
 def no_kernel(x: Tensor, *more: Tensor) -> str:
     """Why no Triton kernel takes a chain that has none, wherever its tensors are."""
     return device_declines(x) or "this chain has no kernel yet"

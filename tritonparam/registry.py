@@ -97,9 +97,11 @@ def lookup(
     if _aliases:
         kinds = tuple(map(meaning, kinds))
     reason = ""
+    first = kinds[0]
     for rule in rules:
-        n = len(rule.chain)
-        if rule.chain[0] is kinds[0] and rule.chain == kinds[:n]:
+        chain = rule.chain
+        if chain[0] is first and chain == kinds[: len(chain)]:
+            n = len(chain)
             taken = links[:n]
             declined = links_decline(taken) or _tensors_decline(xs) or rule.declines(taken, *xs)
             if not declined:

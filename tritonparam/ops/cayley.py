@@ -167,33 +167,34 @@ def skew_cayley(w: Tensor, signature: Tensor, left: Tensor | None = None) -> Ten
 
 def is_few(x: Tensor) -> bool:
     """Whether ``cayley_of_few`` takes x, [n, k] with n >= k, here and now."""
-    return (
-        x.is_cpu
-        and x.dim() == 2
-        and x.numel() > 0
-        and x.size(0) <= _FEW
-        and paths.override() != "kernel"
-        and bool(paths.device_declines(x))
-        and not torch.compiler.is_compiling()
-    )
+    if not (paths.on_cpu(x) and x.dim() == 2 and x.numel()) or torch.compiler.is_compiling():
+        return False
+    n, k = x.shape
+    if n <= _FEW:
+        return True
+    # The inverse above is more exact where A is large; beyond so many rows it takes no more time.
+    return n == k <= 2 * _FEW and torch.linalg.vector_norm(x.detach()).item() ** 2 < 2 * n
 
 
-def _rotation(x: Tensor) -> Tensor:
-    # Qᵀ = S⁻¹ Sᵀ with S = 2I + A, by columns as LAPACK makes it.
+def _rotation(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Q and S = 2I + A, with Qᵀ = S⁻¹ Sᵀ by columns as LAPACK makes it.
     n, k = x.shape
     lower = x.tril(-1)
     if k < n:
         lower = torch.constant_pad_nd(lower, (0, n - k))
     s = (lower - lower.mT).fill_diagonal_(2)
-    return torch.linalg.solve_ex(s, s.mT)[0].mT
+    return torch.linalg.solve_ex(s, s.mT)[0].mT, s
 
 
 def _few_fwd(x: Tensor) -> tuple[Tensor, Saved]:
     paths.count("closed")
     x = cast(x, compute_dtype(x.dtype))
-    q = _rotation(x)
-    k = x.size(1)
-    return (q if k == x.size(0) else q[:, :k].contiguous()), (x, q)
+    q, a = _rotation(x)
+    n, k = x.shape
+    if n > _FEW:
+        # Of Q = I + A (I + Q) / 2 the diagonal, where the rounding of pivots near 2 gathers.
+        q.diagonal().copy_(a.fill_diagonal_(0).mul_(q).sum(0).mul_(-0.5).add_(1))
+    return (q if k == n else q[:, :k].contiguous()), (x, q)
 
 
 def _few_bwd(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
@@ -209,7 +210,7 @@ def _few_bwd(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
 
 
 def _few_graph(g: Tensor, saved: Saved, dtype: torch.dtype) -> tuple[Tensor]:
-    return _few_bwd(g, (saved[0], _rotation(saved[0])), dtype)
+    return _few_bwd(g, (saved[0], _rotation(saved[0])[0]), dtype)
 
 
 _of_few = EagerMap(_few_fwd, _few_bwd, _few_graph, n_tensors=1, keeps=True)

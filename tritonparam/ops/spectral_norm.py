@@ -37,14 +37,18 @@ def misfit(link: Any, w: Tensor) -> str:
     if w.dim() < 2:
         return ""  # normalised without buffers
     rows = w.size(link.dim)
-    for buffer, size in ((link._u, rows), (link._v, w.numel() // max(rows, 1))):
+    sizes = rows, w.numel() // max(rows, 1)
+    for buffer, size in zip(_buffers(link, w), sizes, strict=True):
         if not same_device(buffer, w) or buffer.dtype != w.dtype or buffer.numel() != size:
             return "the power iteration's vectors do not fit the original"
     return ""
 
 
 def _buffers(link: Any, w: Tensor) -> tuple[Tensor, ...]:
-    return () if w.dim() == 1 else (link._u, link._v)
+    if w.dim() == 1:
+        return ()
+    known = link._buffers  # the module's own lookup is slower
+    return (known["_u"], known["_v"]) if "_u" in known else (link._u, link._v)
 
 
 def _declines(w: Tensor, *vectors: Tensor) -> str:
@@ -149,7 +153,7 @@ _divide = FusedMap(
 )
 
 
-_FEW = 4096  # numbers, up to which torch's own graph takes less time than a function of ours
+_FEW = 1 << 14  # numbers, up to which torch's own graph takes less time than a function of ours
 Call = tuple[Tensor, Tensor, Tensor, int, int, float]
 
 
@@ -212,14 +216,15 @@ def _iterate(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, v, q
 
 
-def _power_iteration(link: Any, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u, v and σ = uᵀ W v in fresh storage; in train mode after the link's iterations.
+def _power_iteration(link: Any, w: Tensor, tracked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """u, v and σ = uᵀ W v; in train mode after the link's iterations.
 
     σ has the graph of W, if that has one.
     """
     if not steps(link)[0]:
-        # Copies: the buffers may change between this read and its backward pass.
-        u, v = cast(link._u.clone(), w.dtype), cast(link._v.clone(), w.dtype)
+        u, v = (cast(x, w.dtype) for x in _buffers(link, w))
+        if tracked:  # copies: the buffers may change between this read and its backward pass
+            u, v = u.clone(), v.clone()
         return u, v, torch.dot(u, torch.mv(w, v))
     u, v, q = _iterate(link, w.detach())
     if w.requires_grad and torch.is_grad_enabled():
@@ -292,7 +297,7 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
     tensor(1.4142)
     """
     vectors = _buffers(link, w)
-    path = paths.path(_declines(w, *vectors))
+    path = "closed" if paths.on_cpu(w) else paths.path(_declines(w, *vectors))
     if path == "kernel" and not torch.compiler.is_compiling():
         try:
             return _iterate_and_divide(w, *vectors, link.dim, *steps(link))
@@ -303,9 +308,10 @@ def spectral_norm(link: Any, w: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             paths.count("closed")
         return F.normalize(x, dim=0, eps=link.eps).to(w.dtype)
-    few = w.is_cpu and w.numel() <= _FEW and not torch.compiler.is_compiling()
+    tracked = torch.is_grad_enabled() and w.requires_grad
+    few = w.is_cpu and not (tracked and w.numel() > _FEW) and not torch.compiler.is_compiling()
     matrix = _matrix(x if few else x.detach(), link.dim)
-    u, v, sigma = without_autocast(w, _power_iteration, link, matrix)
+    u, v, sigma = without_autocast(w, _power_iteration, link, matrix, tracked)
     if few and sigma.item():  # on the CPU nobody waits; of a σ of 0 torch's gradient is NaN
         paths.count("closed")
         return cast(x / sigma, w.dtype)

@@ -305,7 +305,7 @@ def weight_norm(link: Any, g: Tensor, v: Tensor) -> Tensor:
     dim = dim_of(link, v)
     if torch.compiler.is_compiling():  # an operator's result has the compute dtype
         return _weight_norm(g, v, dim, False)
-    if v.is_cpu and paths.path(kernel_declines(g, v)) == "closed":
+    if paths.on_cpu(v):
         w = _torchs(g, v, dim)
         if w is not None:
             return w
