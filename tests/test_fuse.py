@@ -68,6 +68,39 @@ def test_fuse_changes_only_the_evaluation():
     assert evaluated(layer) == {}
 
 
+@pytest.mark.parametrize(
+    ("change", "chain"),
+    [
+        (lambda plist: plist._modules.pop("2"), ["Skew", "CayleyMap"]),
+        (lambda plist: plist._modules.pop("1"), ["Skew"]),
+        (lambda plist: plist.register_module("note", nn.ReLU()), None),
+        (lambda plist: plist._modules.update({"0": plist._modules.pop("0")}), None),
+        (
+            lambda plist: torch_parametrize.register_parametrization(
+                plist, "original", nn.Identity()
+            ),
+            None,
+        ),
+        (lambda plist: plist._modules.pop("0"), []),
+    ],
+    ids=["last", "gap", "other", "order", "nested", "first"],
+)
+def test_links_changed_by_hand_are_those_that_torch_evaluates(change, chain):
+    """Libraries delete links from the list as they condense a layer."""
+    composed = by_torch(nn.Linear(4, 4), tp.Skew(), tp.CayleyMap(), nn.Tanh())
+    fused = tp.fuse(copy.deepcopy(composed), strict=True)
+    for layer in (composed, fused):
+        change(layer.parametrizations.weight)
+    if chain == []:
+        for layer in (composed, fused):
+            with pytest.raises((KeyError, IndexError)):
+                layer.weight
+    else:
+        assert torch.allclose(fused.weight, composed.weight, atol=1e-6)
+    names = chain if chain is not None else ["Skew", "CayleyMap", "Tanh"]
+    assert list(tp.explain(fused)[0].chain) == names
+
+
 def test_fuse_walks_the_whole_model():
     model = nn.Sequential(by_torch(nn.Linear(3, 3), tp.Skew(), tp.CayleyMap()), nn.ReLU())
     model.append(nn.Sequential(by_torch(nn.Linear(3, 3), tp.Skew(), tp.CayleyMap())))

@@ -15,6 +15,7 @@ from tritonparam import constraints, legacy, paths
 from tritonparam.fuse import (
     FusedParametrizationList,
     decline_reason,
+    links_of,
     originals,
     parametrized_tensors,
     require_module,
@@ -138,7 +139,7 @@ def explain(model: nn.Module, *, errors: bool = False) -> Explanation:
     require_module("explain", model)
     rows = []
     for _, name, plist in parametrized_tensors(model):
-        tensors, links = originals(plist), tuple(plist._modules.values())
+        tensors, links = originals(plist), links_of(plist)
         largest = max(tensors, key=Tensor.numel)
         path, reason, launches = "composed", decline_reason(plist), None
         if not reason:
@@ -200,4 +201,4 @@ def _error(plist: ParametrizationList) -> float | None:
     with torch.random.fork_rng(devices):
         replica = copy.deepcopy(plist).eval()
         weight = replica()
-    return constraints.defect(tuple(replica._modules.values()), tensors, weight)
+    return constraints.defect(links_of(replica), tensors, weight)

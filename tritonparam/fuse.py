@@ -7,6 +7,7 @@ is read. A fused list is the same object with another class: keys, links, origin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, takewhile
 from typing import Any, cast
 
 import torch
@@ -31,9 +32,11 @@ class FusedParametrizationList(ParametrizationList):
         return cache.read(self, self._evaluate)
 
     def _evaluate(self) -> Tensor:
-        tensors = originals(self)
+        tensors, links = originals(self), links_of(self)
+        if not links:
+            return cast(Tensor, super().forward())  # torch's error
         try:
-            return registry.evaluate(declared.table(), tuple(self._modules.values()), *tensors)
+            return registry.evaluate(declared.table(), links, *tensors)
         except RuntimeError as error:
             if not any(map(is_sharded, tensors)):
                 raise
@@ -45,14 +48,14 @@ class FusedParametrizationList(ParametrizationList):
 
     def kind(self) -> registry.Kind | None:
         """What this weight has in common with those it can be evaluated with; None: alone."""
-        return registry.kind(declared.table(), tuple(self._modules.values()), originals(self))
+        return registry.kind(declared.table(), links_of(self), originals(self))
 
     @staticmethod
     def together(lists: Sequence[FusedParametrizationList]) -> list[Tensor]:
         """The weights of several lists of one kind."""
         kind = lists[0].kind()
         assert kind is not None
-        chains = [(tuple(x._modules.values()), originals(x)) for x in lists]
+        chains = [(links_of(x), originals(x)) for x in lists]
         try:
             return kind.rule.together(chains)
         except Exception as error:
@@ -62,7 +65,7 @@ class FusedParametrizationList(ParametrizationList):
 
     def plan(self) -> list[registry.Step]:
         """How the chain is evaluated as it is now: its steps, each a rule, its links, a reason."""
-        return registry.plan(declared.table(), tuple(self._modules.values()), originals(self))
+        return registry.plan(declared.table(), links_of(self), originals(self))
 
     def right_inverse(self, value: Tensor) -> None:
         """Assign: torch's own method, all or nothing, with the originals written in place.
@@ -94,6 +97,20 @@ class FusedParametrizationList(ParametrizationList):
                 for key, value in getattr(link, "default_state", dict)().items():
                     state_dict.setdefault(f"{prefix}{name}.{key}", value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def links_of(plist: ParametrizationList) -> tuple[nn.Module, ...]:
+    """The links that torch evaluates: those at "0", "1", ... up to the first that is missing.
+
+    Modules with other names may stand among them, and libraries delete links by hand.
+    """
+    known: dict[str, Any] = plist._modules
+    if list(known) == _INDICES.get(len(known)):
+        return tuple(known.values())
+    return tuple([known[name] for name in takewhile(known.__contains__, map(str, count()))])
+
+
+_INDICES = {n: [*map(str, range(n))] for n in range(8)}  # so that most reads look once
 
 
 def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
@@ -286,7 +303,7 @@ def fuse_list(plist: ParametrizationList) -> FusedParametrizationList:
     """Make a list a fused one; raise ValueError if its chain is not what was declared."""
     plist.__class__ = FusedParametrizationList
     interop.discover()
-    declared.check(tuple(plist._modules.values()), originals(plist))
+    declared.check(links_of(plist), originals(plist))
     return cast(FusedParametrizationList, plist)
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import paths, registry
 from tritonparam.declared import table
-from tritonparam.fuse import originals
+from tritonparam.fuse import links_of, originals
 
 
 class Reading:
@@ -37,7 +37,7 @@ class Reading:
         """Fresh originals, and the value that they are differentiated through."""
         with torch.enable_grad():
             xs = [x.detach().requires_grad_() for x in originals(plist)]
-            return xs, registry.evaluate(table(), tuple(plist._modules.values()), *xs)
+            return xs, registry.evaluate(table(), links_of(plist), *xs)
 
     def backward(self, xs: Sequence[Tensor], y: Tensor) -> tuple[Tensor, ...]:
         """The gradients for the same random cotangent each time."""

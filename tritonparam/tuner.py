@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, info, registry, samples, tables, trials
 from tritonparam.declared import table
-from tritonparam.fuse import originals, parametrized_tensors, require_module
+from tritonparam.fuse import links_of, originals, parametrized_tensors, require_module
 from tritonparam.trials import Clock, Trial
 
 # What replaces the default takes at most this share of its time, and less than all of it in three
@@ -182,12 +182,12 @@ def static(chain: str, n: int, dtype: torch.dtype, target: str) -> Tuning:
 def rule_of(plist: ParametrizationList) -> registry.Rule | None:
     """The rule that takes a list's whole chain, whatever was measured before."""
     with configs.trying(None):
-        steps = registry.plan(table(), tuple(plist._modules.values()), originals(plist))
+        steps = registry.plan(table(), links_of(plist), originals(plist))
     return steps[0][0] if len(steps) == 1 else None
 
 
 def _row(rule: registry.Rule, plist: ParametrizationList) -> tables.Row:
-    chain, x, n = rule.question(tuple(plist._modules.values()), *originals(plist))
+    chain, x, n = rule.question(links_of(plist), *originals(plist))
     n = max(n, 1)
     row = {"device": configs.device_name(x.device), "dtype": _name(x.dtype), "chain": chain}
     return row | {"n": n, "batch": configs.batch(n, x.numel()), "path": "closed", "config": {}}
@@ -204,7 +204,7 @@ def _measured(rule: registry.Rule, plist: ParametrizationList, clock: Clock) -> 
     composed = [Trial("composed", {})] if max(x.shape, default=0) <= LARGEST_COMPOSED else []
     ways = [Trial("closed", {}), *composed]
     with configs.trying(None):
-        on_kernels = not rule.kernel_declines(tuple(plist._modules.values()), *xs)
+        on_kernels = not rule.kernel_declines(links_of(plist), *xs)
     if on_kernels and trials.kernel_file(row["chain"], row["n"], x.dtype):
         target = (info.present() or ("sm_90",))[0]
         problem = trials.Problem(row["chain"], row["n"], x.dtype, target)
