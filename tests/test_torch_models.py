@@ -70,7 +70,9 @@ def test_values_and_gradients_of_orthogonal_weights(
         y, dx = fused(module, g, path)
         assert y.dtype == dx.dtype == dtype
         assert y.shape == dx.shape == shape
-        assert y.is_contiguous()  # torch's are of wide weights without a base, and get .view(-1)
+        # torch's are of wide weights without a base, and get .view(-1), as tall gradients do
+        assert y.is_contiguous()
+        assert dx.is_contiguous()
         assert error(y, y64) <= tolerance(dtype, error(y32, y64)), shape
         assert error(dx, dx64, g) <= tolerance(dtype, error(dx32, dx64, g)), shape
 
