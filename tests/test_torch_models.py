@@ -233,6 +233,19 @@ def test_what_torch_refuses_stays_torchs():
         layer.weight
 
 
+@pytest.mark.parametrize("constrain", [theirs.orthogonal, tp.orthogonal], ids=["theirs", "ours"])
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3)])
+def test_a_base_that_is_trained_has_its_gradient(constrain, shape):
+    module = tp.fuse(constrain(nn.Linear(*shape), orthogonal_map="cayley"))
+    assert tp.explain(module)[0].path == "closed"
+    link = module.parametrizations.weight[0]
+    base = link._buffers.pop("base")
+    link.base = nn.Parameter(base)
+    assert tp.explain(module)[0].reason == "the base requires a gradient"
+    module.weight.square().cumsum(0).sum().backward()
+    assert link.base.grad.any()
+
+
 @maps
 def test_autocast_does_not_reach_the_base(orthogonal_map):
     module = tp.fuse(constrained((9, 4), orthogonal_map, use_trivialization=True))
