@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import tritonparam as tp
 from tests.cases import CASES, Case
 
 chains = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 NO_JVP = {"householder_at_base": "ormqr", "weight_norm": "_weight_norm_interface"}  # torch 2.13
+
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default]  # what a checkpoint may keep
 
 
 class Net(nn.Module):
@@ -101,13 +104,15 @@ def test_autocast_and_16_bits(case, dtype, device):
 
 
 @chains
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved"])
-def test_activation_checkpoints(case, reentrant, device):
+@pytest.mark.parametrize("how", ["reentrant", "saved", "selective"])
+def test_activation_checkpoints(case, how, device):
     net = Net(case).to(device)
     x = torch.randn(net.shape[-1], 2, device=device, requires_grad=True)
     inputs = [*net.originals.values(), x]
     expected = torch.autograd.grad(net(x).sum(), inputs)
-    checkpoint(net, x, use_reentrant=reentrant).sum().backward()
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)}
+    more = selective if how == "selective" else {}
+    checkpoint(net, x, use_reentrant=how == "reentrant", **more).sum().backward()
     for mine, theirs in zip(inputs, expected, strict=True):
         assert torch.allclose(mine.grad, theirs, atol=1e-6)
 

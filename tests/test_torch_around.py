@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from copy import deepcopy
 
@@ -198,6 +199,41 @@ def test_fake_tensors_and_make_fx_see_the_links():
         assert "fake tensors" in tp.explain(layer)[0].reason
     assert torch.allclose(make_fx(layer)(x)(2 * x), layer(2 * x), atol=1e-6)
     assert tp.explain(layer)[0].path == "closed"
+
+
+class Scaled(nn.Module):
+    """Reads a weight in a forward of its own, and holds another itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.matrix = layer_of(), nn.Parameter(torch.randn(5, 5))
+        tp.register_parametrization(self, "matrix", tp.Symmetric(), tp.MatrixExponential())
+
+    def forward(self, x):
+        return x @ self.inner.weight.mT @ self.matrix
+
+
+def encoder_layer():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    nn.utils.parametrizations.orthogonal(layer.self_attn.out_proj)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(("make", "n"), [(Scaled, 5), (encoder_layer, 4)])
+def test_symbolic_traces_are_torchs_and_keep_no_weight(make, n):
+    module, x = make(), torch.randn(2, 3, n)
+    theirs = torch.fx.symbolic_trace(tp.unfuse(module))
+    traced = torch.fx.symbolic_trace(tp.fuse(module))
+    assert [str(node) for node in traced.graph.nodes] == [str(node) for node in theirs.graph.nodes]
+    assert traced.state_dict().keys() == theirs.state_dict().keys()
+    with torch.no_grad():
+        for w in module.parameters():
+            w.mul_(0.5)
+    tp.stats(reset=True)
+    assert torch.allclose(traced(x), module(x), atol=1e-6)
+    assert tp.stats()["composed"] == 0
+    if make is Scaled:  # whose lists alone are in the graph, not what torch refuses to pickle
+        assert torch.equal(pickle.loads(pickle.dumps(traced))(x), traced(x))
 
 
 def test_functional_transforms_fall_back():

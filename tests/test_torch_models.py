@@ -66,7 +66,9 @@ def test_values_and_gradients_of_orthogonal_weights(
         y, dx = fused(module, g, path)
         assert y.dtype == dx.dtype == dtype
         assert y.shape == dx.shape == shape
-        assert y.is_contiguous()  # torch's are of wide weights without a base, and get .view(-1)
+        # torch's are of wide weights without a base, and get .view(-1), as tall gradients do
+        assert y.is_contiguous()
+        assert dx.is_contiguous()
         assert error(y, y64) <= tolerance(dtype, error(y32, y64)), shape
         assert error(dx, dx64, g) <= tolerance(dtype, error(dx32, dx64, g)), shape
 
@@ -225,6 +227,19 @@ def test_what_torch_refuses_stays_torchs():
     assert "the original's device and dtype" in tp.explain(layer)[0].reason
     with pytest.raises(RuntimeError, match="same dtype"):
         layer.weight
+
+
+@pytest.mark.parametrize("constrain", [theirs.orthogonal, tp.orthogonal], ids=["theirs", "ours"])
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3)])
+def test_a_base_that_is_trained_has_its_gradient(constrain, shape):
+    module = tp.fuse(constrain(nn.Linear(*shape), orthogonal_map="cayley"))
+    assert tp.explain(module)[0].path == "closed"
+    link = module.parametrizations.weight[0]
+    base = link._buffers.pop("base")
+    link.base = nn.Parameter(base)
+    assert tp.explain(module)[0].reason == "the base requires a gradient"
+    module.weight.square().cumsum(0).sum().backward()
+    assert link.base.grad.any()
 
 
 @maps

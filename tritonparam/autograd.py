@@ -101,7 +101,7 @@ class EagerMap:
 
     def _eager(self, base: Tensor | None, args: tuple[Any, ...]) -> Tensor:
         if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, args[: self.n_gradients])):
-            y = _Function.apply(self, base, *self.own(args))
+            y = _Function.apply(self, base, _by_columns(args[0]), *self.own(args))
         else:
             y, _ = without_autocast(args[0], self.from_left, base, *args)
         return cast(y, args[self.like].dtype)
@@ -225,23 +225,33 @@ class FusedMap(EagerMap):
         return tuple(dx.to(x.dtype) for dx, x in zip(grads, args, strict=False))
 
 
+def _by_columns(x: Tensor) -> bool:
+    """Whether x is an original transposed, whose gradient is contiguous if that of x is not."""
+    return not x.is_contiguous() and not x.is_leaf and x.dim() > 1 and x.mT.is_contiguous()
+
+
 class _Function(torch.autograd.Function):
     """The eager door: EagerMap, base or None, arguments -> the value in the compute dtype."""
 
     @staticmethod
-    def forward(ctx: Any, fused: EagerMap, base: Tensor | None, *args: Any) -> Tensor:
+    def forward(
+        ctx: Any, fused: EagerMap, base: Tensor | None, by_columns: bool, *args: Any
+    ) -> Tensor:
         y, saved = without_autocast(args[0], fused.from_left, base, *args)
         y = own_value(y, saved)
         ctx.save_for_backward(base, *saved)
         dtypes = tuple(map(_DTYPE, args[: fused.n_gradients]))
         ctx.call = fused, dtypes, args[fused.n_tensors :], len(args) - fused.n_gradients
+        ctx.by_columns = by_columns
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         fused, dtypes, numbers, n_rest = ctx.call
         grads = without_autocast(g, _gradients, fused, g, ctx.saved_tensors, dtypes[0], *numbers)
-        return (None, None, *map(cast, grads, dtypes), *[None] * n_rest)
+        if ctx.by_columns:
+            grads = (grads[0].mT.contiguous().mT, *grads[1:])
+        return (None, None, None, *map(cast, grads, dtypes), *[None] * n_rest)
 
 
 def _gradients(fused: EagerMap, g: Tensor, saved: Saved, *rest: Any) -> Gradients:

@@ -21,6 +21,7 @@ from tritonparam.legacy import parametrize as parametrize_legacy
 from tritonparam.transaction import restored_on_error, stand_in, write
 
 
+@once.leaf
 class FusedParametrizationList(ParametrizationList):
     """A ``ParametrizationList`` that evaluates its chain fused where a rule takes it."""
 

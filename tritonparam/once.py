@@ -9,10 +9,11 @@ the list is made of one read of each weight during a forward, and is gone after 
 from __future__ import annotations
 
 import functools
+import pkgutil
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -117,18 +118,46 @@ def _cached_in_eval(forward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def leaf(cls: _Class) -> _Class:
+    """Make a class of modules one of torch's to ``torch.fx``, by its ``__module__``.
+
+    A traced graph calls such modules. Into others it looks, and keeps the weight as a constant.
+    """
+    this: Any = cls
+    path = f"{this.__module__}:{this.__name__}"
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        made = super(this, self).__reduce_ex__(protocol)
+        return (_blank, (path,), *made[2:]) if type(self) is this else made
+
+    this.__reduce_ex__ = reduce  # pickle, too, goes by __module__
+    this.__module__ = this.__bases__[0].__module__
+    return cls
+
+
+def _blank(path: str) -> nn.Module:
+    cls = pkgutil.resolve_name(path)
+    return cls.__new__(cls)
+
+
+@leaf
 class MultiheadAttention(nn.MultiheadAttention):
     """torch's class, which also reads the weight of the projection that it holds."""
 
     forward = _cached(nn.MultiheadAttention.forward)
 
 
+@leaf
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch's class, which also reads the weights of the modules that it holds."""
 
     forward = _cached(nn.TransformerEncoderLayer.forward)
 
 
+@leaf
 class TransformerEncoder(nn.TransformerEncoder):
     """torch's class, which also reads the weights of its first layer, given a padding mask."""
 

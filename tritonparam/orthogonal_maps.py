@@ -24,6 +24,8 @@ def _cayley(x: Tensor, left: Tensor | None) -> Tensor:
     return cayley.skew_cayley(x.mT / -2, x.new_ones(()).expand(x.shape[:-1]), left)
 
 
+TRAINED = "the base requires a gradient"
+
 _TALL = {"cayley": tall_cayley, "matrix_exp": tall_expm, "householder": householder}
 _FREE = {
     "cayley": _cayley,
@@ -75,7 +77,7 @@ def from_left_declines(base: Tensor | None, orthogonal_map: str, x: Tensor) -> s
         return "the base does not fit the original"
     if not same_device(base, x) or base.dtype != x.dtype:
         return "the base has not the original's device and dtype"
-    return ""
+    return TRAINED if base.requires_grad else ""
 
 
 def from_left_kernel_declines(orthogonal_map: str, x: Tensor) -> str:

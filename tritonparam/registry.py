@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import checkpoint
 
 from tritonparam import configs, paths
 
@@ -22,6 +23,8 @@ NO_RULE = "no rule for this chain"
 transforms_active = torch._C._are_functorch_transforms_active
 _mode = torch._C._get_dispatch_mode
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
+_n_modes, _mode_at = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at
+_SELECTIVE = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
 _tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -187,8 +190,11 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
         return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch.compiler.is_compiling() and (_mode(_FAKE) or _mode(_PROXY)) is not None:
-        return "fake tensors, or make_fx, have no values to look at"
+    if not torch.compiler.is_compiling():
+        if (_mode(_FAKE) or _mode(_PROXY)) is not None:
+            return "fake tensors, or make_fx, have no values to look at"
+        if (n := _n_modes()) and any(isinstance(_mode_at(i), _SELECTIVE) for i in range(n)):
+            return "a selective activation checkpoint keeps tensors that a fused chain writes to"
     return ""
 
 

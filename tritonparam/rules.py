@@ -23,6 +23,7 @@ from tritonparam.ops import (
 )
 from tritonparam.orthogonal import Orthogonal, OrthogonalGates
 from tritonparam.orthogonal_maps import (
+    TRAINED,
     at_base,
     from_left,
     from_left_declines,
@@ -81,7 +82,7 @@ def _orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
         return declined
     if base is not None and (base.shape != x.shape or base.device != x.device):
         return "the base point does not fit the original"
-    return ""
+    return TRAINED if base is not None and base.requires_grad else ""
 
 
 def _orthogonal_kernel_declines(links: Sequence[nn.Module], x: Tensor) -> str:
