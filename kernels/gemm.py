@@ -132,7 +132,7 @@ def _product_kernel(
         store_pair(out_ptr, z, mirror, i, j, n_cols, BLOCK)
     if sums_ptr is not None:
         times = 1.0 if FORM == "full" else tl.where(i < j, 2.0, 1.0)
-        store_sums(sums_ptr + (matrix * n_tiles + index) * 2, z, row == col, mask, times)
+        store_sums(sums_ptr + tl.program_id(0).to(tl.int64) * 2, z, row == col, mask, times)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
         block = min(max(triton.next_power_of_2(n), 16), 256)
         return Config(block, block, "ieee", num_warps=1)
     if dtype == torch.float64:
-        return Config(32, 16, "ieee", num_warps=4, num_stages=2)
+        return Config(32, 16, "ieee", num_warps=4)
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3
     if n <= 256:
         return Config(32, 32, precision, num_warps=4)
