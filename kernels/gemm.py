@@ -83,14 +83,14 @@ def _product_kernel(
         partner = z
         row0 = (i if half == HALVES - 1 else j) * BLOCK
         col0 = (j if half == HALVES - 1 else i) * BLOCK
-        row = row0 + tl.arange(0, BLOCK)[:, None]
-        col = col0 + tl.arange(0, BLOCK)[None, :]
-        mask = (row < n_rows) & (col < n_cols)
         tile = (a_ptr, b_ptr, a_stride, b_stride, row0, col0, n_rows, n_cols, n_inner)
         if rough_ptr is None or tl.load(rough_ptr + matrix) == 0:
             z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
         else:
             z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
+        row = row0 + tl.arange(0, BLOCK)[:, None]
+        col = col0 + tl.arange(0, BLOCK)[None, :]
+        mask = (row < n_rows) & (col < n_cols)
         z *= ALPHA
         if u_ptr is not None:
             u = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
