@@ -104,7 +104,6 @@ def _inverse_kernel(
     if c_ptr is not None:
         c_ptr += matrix * c_stride
     source_ptr = out_ptr + n_steps % 2 * size
-    target_ptr = out_ptr + (n_steps + 1) % 2 * size
     pivot = tl.arange(0, PIVOTS)
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -121,6 +120,8 @@ def _inverse_kernel(
     tl.debug_barrier()
 
     for step in range(0, n_steps):
+        source_ptr = out_ptr + (n_steps - step) % 2 * size
+        target_ptr = out_ptr + (n_steps - step - 1) % 2 * size
         first = step * PIVOTS
         last = first + PIVOTS
         p, p_col = first + pivot[:, None], first + pivot[None, :]
@@ -143,7 +144,6 @@ def _inverse_kernel(
                 x = tl.dot(m, r, acc=x, input_precision="ieee", out_dtype=tl.float64)
                 tl.store(target_ptr + (i * n_cols + j), x, mask=(i < n_cols) & (j < n_cols))
         tl.debug_barrier()
-        source_ptr, target_ptr = target_ptr, source_ptr
 
 
 def inverse(
@@ -167,7 +167,7 @@ def inverse(
 
 def _options(k: int, form: str, a: float, b: float) -> dict:
     options: dict = {"FORM": form, "A": a, "B": b, "PIVOTS": 16, "BLOCK": 32 if k <= 32 else 64}
-    return options | {"num_warps": 4 if k <= 32 else 8, "num_stages": 1, "enable_fp_fusion": True}
+    return options | {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def shipped(backend: str) -> list[tuple]:

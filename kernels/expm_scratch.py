@@ -64,50 +64,45 @@ def _expm_bwd_kernel(
     left = blocks(tile_ptr, n_cols, down, 0.5 * SIGN, SIGN, EVEN, ODD, BLOCK, BLOCK_K, PRECISION)
     last = tl.minimum(left, 3)
     growth = growth_of(mu, last)
-    x_ptr = tile_ptr + AREA
-    fourth_ptr = tile_ptr + 2 * AREA
-    z_ptr = tile_ptr + (STEPS + 2) * AREA
-    z_next_ptr = tile_ptr + (STEPS + 3) * AREA
-    m_ptr = tile_ptr + (STEPS + 4) * AREA
-    m_next_ptr = fourth_ptr
+    # Z is tile STEPS + 2 or STEPS + 3, M is STEPS + 4 or 2, where A^4 was, and X is 1. Numbers of
+    # tiles go from turn to turn: carried pointers take registers, and Triton 3.6 fails on them for
+    # gfx942.
+    z_at = STEPS + 2
+    m_at = STEPS + 4
     g_ptr += matrix * g_stride
     for row0 in range(0, BLOCK, BLOCK_K):
         row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         inside = (row < n_cols) & (col < n_cols)
         offset = row.to(tl.int64) * g_stride_row + col.to(tl.int64) * g_stride_col
         g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
-        tl.store(m_ptr + entry, g)
+        tl.store(tile_ptr + (STEPS + 4) * AREA + entry, g)
     for i in range(STEPS + 2 + 3 * left):
         polynomial = i < STEPS
         first = i < STEPS + 2
         turn = tl.where(polynomial, 0, (i - STEPS + 1) % 3)  # of Z, X or M
         done = (i - STEPS + 1) // 3  # rounds
-        left_ptr = one_of(turn, tl.where(polynomial, fourth_ptr, z_ptr), m_ptr, z_ptr)
-        right_ptr = one_of(turn, z_ptr, z_ptr, tl.where(first, x_ptr, m_ptr))
-        z, entry = times(left_ptr, right_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        x_ptr = tile_ptr + one_of(turn, tl.where(polynomial, 2, z_at), m_at, z_at) * AREA
+        y_ptr = tile_ptr + one_of(turn, z_at, z_at, tl.where(first, 1, m_at)) * AREA
+        z, entry = times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         if SIGN == 1:
             grown = tl.where(first, (turn == 2) & (left == 0), left - done + 1 == last)
             z *= tl.where(grown, growth, 1.0)
-        block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
-        plus_ptr = tl.where(polynomial, block_ptr, x_ptr)
+        plus_ptr = tile_ptr + tl.where(i < STEPS - 1, STEPS + 1 - i, 1) * AREA  # a block, or X
         plus = polynomial | ((turn == 2) & (i > STEPS + 1))
         z += tl.load(plus_ptr + entry, mask=entry < tl.where(plus, AREA, 0), other=0.0)
-        put(one_of(turn, z_next_ptr, x_ptr, m_next_ptr) + entry, z)
-        z_from, z_to = z_ptr, z_next_ptr
-        z_ptr = tl.where(turn == 0, z_to, z_from)
-        z_next_ptr = tl.where(turn == 0, z_from, z_to)
-        m_from, m_to = m_ptr, m_next_ptr
-        m_ptr = tl.where(turn == 2, m_to, m_from)
-        m_next_ptr = tl.where(turn == 2, m_from, m_to)
-    t_ptr = m_next_ptr
+        z_at = tl.where(turn == 0, 2 * STEPS + 5 - z_at, z_at)
+        m_at = tl.where(turn == 2, STEPS + 6 - m_at, m_at)
+        put(tile_ptr + one_of(turn, z_at, 1, m_at) * AREA + entry, z)
+    m_ptr = tile_ptr + m_at * AREA
+    t_ptr = tile_ptr + (STEPS + 6 - m_at) * AREA
     for row0 in range(0, BLOCK, BLOCK_K):
         row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
         t = tl.load(m_ptr + entry) + SIGN * tl.load(m_ptr + (col * BLOCK + row))
         tl.store(t_ptr + entry, t * power_of_two(-left) * (0.5 if SIGN == 1 else 1.0))
     tl.debug_barrier()
-    h_ptr = t_ptr
     for i in range(2 * TERMS):
         outer = i % 2 == 1
+        h_ptr = tile_ptr + tl.where(outer, 1, tl.where(i == 0, STEPS + 6 - m_at, m_at)) * AREA
         factor = tl.full([], 1.0, ACC)
         for j in tl.static_range(TERMS):
             ratio = tl.full([], ODD[TERMS - j] / ODD[TERMS - j - 1], ACC)
@@ -115,12 +110,11 @@ def _expm_bwd_kernel(
         z, entry = times(tile_ptr, h_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         z = (z + tl.trans(z) * tl.where(outer, SIGN, -1)) * factor
         z += tl.load(t_ptr + entry, mask=entry < tl.where(outer, AREA, 0), other=0.0)
-        h_ptr = tl.where(outer, m_ptr, x_ptr)
-        put(h_ptr + entry, z)
+        put(tile_ptr + tl.where(outer, m_at, 1) * AREA + entry, z)
     dw_ptr += matrix * n_cols * n_cols
     for row0 in range(0, n_cols, BLOCK_K):
         row, col, entry = rows_of(row0, BLOCK, BLOCK_K)
-        dw = tl.load(h_ptr + entry)
+        dw = tl.load(m_ptr + entry)
         if SIGN == 1:
             dw = tl.where(row < col, 2.0 * dw, tl.where(row == col, dw, 0.0))
         else:

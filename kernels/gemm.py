@@ -83,14 +83,14 @@ def _product_kernel(
         partner = z
         row0 = (i if half == HALVES - 1 else j) * BLOCK
         col0 = (j if half == HALVES - 1 else i) * BLOCK
-        row = row0 + tl.arange(0, BLOCK)[:, None]
-        col = col0 + tl.arange(0, BLOCK)[None, :]
-        mask = (row < n_rows) & (col < n_cols)
         tile = (a_ptr, b_ptr, a_stride, b_stride, row0, col0, n_rows, n_cols, n_inner)
         if rough_ptr is None or tl.load(rough_ptr + matrix) == 0:
             z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
         else:
             z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
+        row = row0 + tl.arange(0, BLOCK)[:, None]
+        col = col0 + tl.arange(0, BLOCK)[None, :]
+        mask = (row < n_rows) & (col < n_cols)
         z *= ALPHA
         if u_ptr is not None:
             u = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
@@ -132,7 +132,7 @@ def _product_kernel(
         store_pair(out_ptr, z, mirror, i, j, n_cols, BLOCK)
     if sums_ptr is not None:
         times = 1.0 if FORM == "full" else tl.where(i < j, 2.0, 1.0)
-        store_sums(sums_ptr + (matrix * n_tiles + index) * 2, z, row == col, mask, times)
+        store_sums(sums_ptr + tl.program_id(0).to(tl.int64) * 2, z, row == col, mask, times)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
         block = min(max(triton.next_power_of_2(n), 16), 256)
         return Config(block, block, "ieee", num_warps=1)
     if dtype == torch.float64:
-        return Config(32, 16, "ieee", num_warps=4, num_stages=2)
+        return Config(32, 16, "ieee", num_warps=4)
     precision = "ieee" if backend == "hip" else "tf32x3"  # hip does not compile tf32x3
     if n <= 256:
         return Config(32, 32, precision, num_warps=4)

@@ -134,18 +134,17 @@ def expm_fwd_kernel(
     # e^mu is multiplied on before the last three squarings at most, as in `expm`.
     last = tl.minimum(left, 3)
     growth = growth_of(mu, last)
-    z_ptr = tile_ptr + (STEPS + 2) * AREA
-    free_ptr = tile_ptr + (STEPS + 3) * AREA
     for i in range(STEPS + left):
         polynomial = i < STEPS
-        x_ptr = tl.where(polynomial, tile_ptr + 2 * AREA, z_ptr)
+        z_ptr = tile_ptr + (STEPS + 2 + i % 2) * AREA
+        x_ptr = tile_ptr + tl.where(polynomial, 2, STEPS + 2 + i % 2) * AREA
         z, entry = times(x_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
         z += tl.load(block_ptr + entry, mask=entry < tl.where(polynomial, AREA, 0), other=0.0)
         if SIGN == 1:
             z *= tl.where(i == STEPS - 1 + left - last, growth, 1.0)
-        put(free_ptr + entry, z)
-        z_ptr, free_ptr = free_ptr, z_ptr
+        put(tile_ptr + (STEPS + 3 - i % 2) * AREA + entry, z)
+    z_ptr = tile_ptr + (STEPS + 2 + (STEPS + left) % 2) * AREA
     y_ptr += matrix * n_cols * n_cols
     for row0 in range(0, n_cols, BLOCK_K):
         row, col, entry = rows_of(row0, BLOCK, BLOCK_K)

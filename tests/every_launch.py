@@ -1,9 +1,10 @@
 """Every launch of every map by its default configuration, compiled as Triton specializes it.
 
-A program of its own, which needs no GPU and an hour or more: ``python -m tests.every_launch``, or
-with some targets and kinds of maps, ``python -m tests.every_launch sm_90 small``. Launchers run on
-the CPU, by a driver that launches nothing, so that what is compiled has the types, alignments,
-sizes and constants of real launches. ``tests/test_aot.py`` compiles a choice in every run.
+A program of its own, which needs no GPU and for each target half an hour, most of it for norms:
+``python -m tests.every_launch``, or with some targets and kinds of maps, ``python -m
+tests.every_launch sm_90 small``. Launchers run on the CPU, by a driver that launches nothing, so
+that what is compiled has the types, alignments, sizes and constants of real launches.
+``tests/test_aot.py`` compiles a choice in every run.
 """
 
 from __future__ import annotations

@@ -88,6 +88,7 @@ class Failing:
 def _kernels_are_tried(monkeypatch):
     """As on a GPU, without asking for a path; in the interpreter on the CPU."""
     monkeypatch.setattr(paths, "device_declines", lambda x: "")
+    monkeypatch.setattr(paths, "on_cpu", lambda x: False)
     monkeypatch.setattr(failures, "_causes", {})
     monkeypatch.setattr(failures, "_warned", set())
 
