@@ -150,11 +150,11 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
 
 
 def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
-    """The default of the backward, which at 32 spills with the forward's warps, in fp64, and at 64
-    with the registers that ptxas takes of itself, in 16 bits on sm_100."""
+    """The default of the backward, which at 32 spills with the forward's warps, in fp64, and there
+    and at 64 with the registers that ptxas takes of itself."""
     default = config(n, dtype, backend)
     if default.block == 32 and backend == "cuda":
-        return replace(default, num_warps=8)
+        return replace(default, num_warps=8, maxnreg=168)
     if default.precision == "tf32x3":
         return replace(default, maxnreg=128)
     return default
