@@ -18,7 +18,7 @@ def _excess(t, s):
     """By how much columns of M = (I - X)^{-1} are too long, of t = sum M (M - I) and s = sum M^2.
 
     M + M^T = 2 M^T M, so that t is 0 but for rounding, above all of what were pivots near 1. Where
-    s, which is above 1 / (1 + ||X||^2), is so small that M is no longer seen in Q, it is 0.
+    s, which is above 1 / (1 + ||X||^2), is so small that fp32 no longer sees M in Q, less is taken.
     """
     return t / tl.maximum(s, 1e-7)
 

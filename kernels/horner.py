@@ -134,6 +134,7 @@ def expm_fwd_kernel(
     # e^mu is multiplied on before the last three squarings at most, as in `expm`.
     last = tl.minimum(left, 3)
     growth = growth_of(mu, last)
+    # By numbers of tiles, not by pointers, as in `expm_scratch`.
     for i in range(STEPS + left):
         polynomial = i < STEPS
         z_ptr = tile_ptr + (STEPS + 2 + i % 2) * AREA

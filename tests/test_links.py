@@ -177,6 +177,10 @@ def test_logarithm_of_spd_is_exactly_symmetric(n):
     assert torch.equal(x, x.mT)
     assert torch.allclose(exp(x), p, rtol=1e-11, atol=1e-11)
     assert (x[0] != 0).any()
+    scaled = 0.9921875 * torch.eye(
+        min(64 * n, 256), dtype=torch.bfloat16
+    )  # its rounding hides the scale
+    assert torch.allclose(exp(exp.right_inverse(scaled)), scaled, rtol=0, atol=2**-9)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 40])

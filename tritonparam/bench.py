@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tritonparam import configs, info, paths, registry, samples, trials, tuner, turns
-from tritonparam.fuse import fuse, originals, parametrized_tensors
+from tritonparam.fuse import fuse, links_of, originals, parametrized_tensors
 from tritonparam.reading import Reading, too_far
 from tritonparam.report import BadOption, build, floating, where
 from tritonparam.trials import Clock
@@ -165,7 +165,7 @@ def _distinct(
     for model in models:
         for _, name, plist in parametrized_tensors(model):
             if rule := tuner.rule_of(plist):
-                xs, links = originals(plist), tuple(plist._modules.values())
+                xs, links = originals(plist), links_of(plist)
                 kind = rule.question(links, *xs)[0], tuple((x.shape, x.dtype) for x in xs)
                 found.setdefault(kind, (name, rule, plist))
     return list(found.values())
@@ -217,7 +217,7 @@ def _timed(
     seconds: float,
     clock: Clock,
 ) -> Timing:
-    xs, links = originals(plist), tuple(plist._modules.values())
+    xs, links = originals(plist), links_of(plist)
     large = max(xs[-1].shape, default=0) > tuner.LARGEST_COMPOSED and rule.name not in samples.LAYER
     reading = Reading(plist, "closed" if large else "composed")
     names = ["composed", *(["compiled"] if compiled else []), "closed"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonparam import info, paths, registry, samples, surroundings, tuner
-from tritonparam.fuse import originals, parametrized_tensors
+from tritonparam.fuse import links_of, originals, parametrized_tensors
 from tritonparam.reading import Reading
 from tritonparam.surroundings import FAILED, OK, SKIPPED, Finding, place
 
@@ -152,7 +152,7 @@ def _kernel_declines(module: nn.Module) -> str:
         rule = tuner.rule_of(plist)
         if rule is None:
             return registry.NO_RULE
-        return rule.kernel_declines(tuple(plist._modules.values()), *originals(plist))
+        return rule.kernel_declines(links_of(plist), *originals(plist))
 
 
 def _compared(name: str, path: str) -> tuple[str, float]:

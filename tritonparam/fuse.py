@@ -7,7 +7,6 @@ is read. A fused list is the same object with another class: keys, links, origin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, takewhile
 from typing import Any, cast
 
 import torch
@@ -108,7 +107,10 @@ def links_of(plist: ParametrizationList) -> tuple[nn.Module, ...]:
     known: dict[str, Any] = plist._modules
     if list(known) == _INDICES.get(len(known)):
         return tuple(known.values())
-    return tuple([known[name] for name in takewhile(known.__contains__, map(str, count()))])
+    links: list[nn.Module] = []
+    while str(len(links)) in known:
+        links.append(known[str(len(links))])
+    return tuple(links)
 
 
 _INDICES = {n: [*map(str, range(n))] for n in range(8)}  # so that most reads look once

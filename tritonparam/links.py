@@ -234,9 +234,9 @@ class MatrixExponential(nn.Module):
     def right_inverse(self, a: Tensor) -> Tensor:
         """The principal logarithm, computed in fp64.
 
-        Exactly skew for an orthogonal matrix, and exactly symmetric for a symmetric one. Raises
-        NoPreimage where no real principal logarithm exists: an eigenvalue that is zero or
-        negative. But a rotation may turn planes by π, the way of which is then arbitrary.
+        Exactly symmetric for a positive definite matrix, and exactly skew for a rotation, which
+        may turn planes by π, the way of which is then arbitrary. Raises NoPreimage where no real
+        principal logarithm exists: an eigenvalue of any other matrix that is zero or negative.
         """
         require_square("MatrixExponential", a)
         require_float("MatrixExponential", a)
@@ -248,15 +248,14 @@ class MatrixExponential(nn.Module):
         if a.numel() == 0:
             return a.clone()
         flat = as_batch(a.detach().double())
-        allowed, n = tolerance(a), a.size(-1)
+        allowed = tolerance(a)
         asymmetry = max_abs(flat - flat.mT) / max_abs(flat)
         defect = orthogonality_defect(flat)
-        # Of an orthogonal matrix that is symmetric it is n - 2k, for an eigenvalue -1 k times.
-        trace = flat.diagonal(dim1=-2, dim2=-1).sum(-1)
+        indefinite = torch.linalg.cholesky_ex(flat)[1] > 0  # if symmetric: it turns planes by π
         logs = torch.zeros_like(flat)
         try:
             for i, ai in enumerate(flat):
-                if defect[i] <= allowed and (asymmetry[i] > defect[i] or trace[i] < n - 1):
+                if defect[i] <= allowed and (asymmetry[i] > defect[i] or indefinite[i]):
                     logs[i] = logm.orthogonal(ai)
                 elif asymmetry[i] <= allowed:
                     logs[i] = logm.symmetric(ai)
@@ -265,7 +264,8 @@ class MatrixExponential(nn.Module):
         except ValueError as error:
             raise NoPreimage(
                 f"MatrixExponential: the assigned matrix must have a real principal logarithm, got "
-                f"{error}; assign a matrix without zero or negative real eigenvalues."
+                f"{error}; assign a rotation, or a matrix without zero or negative real "
+                "eigenvalues."
             ) from None
         return logs.reshape(a.shape).to(a.dtype)
 

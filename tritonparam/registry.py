@@ -24,7 +24,8 @@ transforms_active = torch._C._are_functorch_transforms_active
 _mode = torch._C._get_dispatch_mode
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _n_modes, _mode_at = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at
-_SELECTIVE = checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode
+_names = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"  # torch's own affair
+_SELECTIVE = tuple([getattr(checkpoint, name) for name in _names if hasattr(checkpoint, name)])
 _tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -134,7 +135,7 @@ def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> 
 
 def kind(rules: Sequence[Rule], links: Sequence[nn.Module], xs: Sequence[Tensor]) -> Kind | None:
     """The kind of a chain of which kernels evaluate several at once, or None."""
-    rule, n, _ = lookup(rules, links, xs)
+    rule, n, _ = lookup(rules, links, xs) if links else (None, 0, "")
     if rule is None or n < len(links) or paths.override() == "closed":
         return None
     alike = rule.alike(links, *xs)
