@@ -104,6 +104,7 @@ def _inverse_kernel(
     if c_ptr is not None:
         c_ptr += matrix * c_stride
     source_ptr = out_ptr + n_steps % 2 * size
+    target_ptr = out_ptr + (n_steps + 1) % 2 * size
     pivot = tl.arange(0, PIVOTS)
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -120,8 +121,6 @@ def _inverse_kernel(
     tl.debug_barrier()
 
     for step in range(0, n_steps):
-        source_ptr = out_ptr + (n_steps - step) % 2 * size
-        target_ptr = out_ptr + (n_steps - step - 1) % 2 * size
         first = step * PIVOTS
         last = first + PIVOTS
         p, p_col = first + pivot[:, None], first + pivot[None, :]
@@ -144,6 +143,7 @@ def _inverse_kernel(
                 x = tl.dot(m, r, acc=x, input_precision="ieee", out_dtype=tl.float64)
                 tl.store(target_ptr + (i * n_cols + j), x, mask=(i < n_cols) & (j < n_cols))
         tl.debug_barrier()
+        source_ptr, target_ptr = target_ptr, source_ptr
 
 
 def inverse(
