@@ -87,7 +87,8 @@ def _line(goal: Goal, rows: list[Row]) -> str:
     passed = [None if gain is None else gain >= aim for gain, aim in gains]
     cells = [f"{_figure(gain)} (≥ {aim:g}×)" for gain, aim in gains]
     if goal.of:
-        alone = replay["median_us"] if replayed else kernel.get("device_median_us")
+        eager = kernel.get("device_median_us") if phase == BOTH else None
+        alone = replay["median_us"] if replayed else eager
         share = _quotient(alone, _bound(goal, kernel))
         passed.append(None if share is None else share <= goal.bound)
         cells.append(f"{_figure(share)} (≤ {goal.bound:g}×) of the {goal.of}")
@@ -104,9 +105,9 @@ def _bound(goal: Goal, ours: Row) -> float | None:
         return PATH_US[goal.timed.name]
     if goal.of == "products":
         shape = goal.timed.shapes[0]
-        seconds = ours.get("product_us", {}).get("3xtf32")
+        product = ours.get("product_us", {}).get("3xtf32")
         n_products = least(goal.timed.name, shape)[1] / (2 * shape[-1] ** 3)
-        return None if seconds is None else n_products * seconds
+        return None if product is None else n_products * product
     return ours.get("floor_us")
 
 

@@ -85,12 +85,13 @@ def cut_off(seconds: float) -> Iterator[None]:
         yield
         return
     # Of a class that no compiler takes for an error of its own.
-    signal.signal(signal.SIGALRM, lambda *_: pytest.skip("the time budget is spent"))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.skip("the time budget is spent"))
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +18,8 @@ GRACE = 5.0  # seconds between the request to stop, at which pytest prints what 
 class Processes:
     """A context in which processes run, each in a group of its own with what it starts.
 
-    Those that run when it is left, by an error, Ctrl-C or a termination, are killed.
+    A group is killed when ``wait`` has its process's status; those that are left, when the context
+    is, by an error, Ctrl-C or a termination.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,8 @@ class Processes:
         That is a reading of ``time.monotonic``.
         """
         stopped: list[subprocess.Popen] = []
-        for process in self._started:
+        while self._started:
+            process = self._started[0]
             status = _status(process, deadline)
             if status is None and not stopped:
                 stopped = [p for p in self._started if p.poll() is None]
@@ -53,8 +56,9 @@ class Processes:
                     late.send_signal(signal.SIGINT)
             if process in stopped:
                 _status(process, deadline + GRACE)
-                _kill(process)
                 status = None
+            _kill(process)
+            del self._started[0]
             yield status
 
 
@@ -66,7 +70,7 @@ def _status(process: subprocess.Popen, deadline: float) -> int | None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End it with its group, if it has not ended."""
-    if process.poll() is None:
+    """End its group, which can outlive it."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()

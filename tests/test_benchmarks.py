@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -195,6 +196,7 @@ def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in
 
 
 def test_a_row_that_takes_too_long_is_cut_off():
+    before = signal.getsignal(signal.SIGALRM)
     with (
         pytest.raises(pytest.skip.Exception, match="budget is spent"),
         test_speed.cut_off(-1.0),
@@ -204,6 +206,7 @@ def test_a_row_that_takes_too_long_is_cut_off():
     with test_speed.cut_off(0.05):
         pass
     time.sleep(0.1)
+    assert signal.getsignal(signal.SIGALRM) is before
 
 
 TALL = small(next(timed for timed in CUDA if timed.name == "tall_cayley"))

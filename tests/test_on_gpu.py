@@ -1,7 +1,9 @@
 """`python -m tests.on_gpu`, on the CPU and few tests."""
 
 import os
+import select
 import signal
+import subprocess
 import time
 
 import pytest
@@ -63,6 +65,20 @@ def test_processes_end_with_the_one_that_started_them():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(100)
     assert process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["stopped", "ended"])
+def test_what_a_process_has_started_ends_with_it(waits):
+    script = f"trap 'exit 0' INT; sleep 37 & echo begun; {'wait' if waits else 'exit 0'}"
+    with processes.Processes() as running:
+        process = running.start(["bash", "-c", script], stdout=subprocess.PIPE)
+        assert os.read(process.stdout.fileno(), 100) == b"begun\n"
+        if waits:
+            assert list(running.wait(time.monotonic())) == [None]
+        assert process.wait() == 0
+    with process.stdout as pipe:  # is at its end when all who could write to it have ended
+        assert select.select([pipe], [], [], 10.0)[0] == [pipe]
+        assert pipe.read() == b""
 
 
 def test_without_a_gpu_nothing_is_started(monkeypatch, capsys):

@@ -77,6 +77,7 @@ def test_aims_are_reached_missed_or_not_measured():
     cayley += rows(one, eager, composed=1000.0, kernel=500.0)
     replays = rows(one, graph, composed=7.0, compiled=800.0, kernel=100.0)
     cayley += [r | {"timed": "graph replay"} for r in replays]
+    cayley += rows([128, 128], eager, composed=1000.0, compiled=800.0, kernel=500.0)
     cayley += rows(large, eager, composed=5000.0, compiled=4999.0, kernel=1000.0)
     read = [r | {"phase": "read"} for r in rows([64, 64], "", composed=9.0, kernel=10.0)]
     lines = goals.lines({"cayley": cayley, "read": read})
@@ -88,6 +89,10 @@ def test_aims_are_reached_missed_or_not_measured():
     )
     assert (
         "| cayley 256×256, graph | 10.00× (≥ 10×) | 8.00× (≥ 8×) | 3.33× (≤ 4×) of the path | yes |"
+        in lines
+    )
+    assert (
+        "| cayley 128×128, graph | – (≥ 10×) | – (≥ 8×) | – (≤ 4×) of the path | not measured |"
         in lines
     )
     assert (

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("triton")
 
 from tests import sanitize
+from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +34,10 @@ def test_both_tools_run_every_kernel(tool, capfd):
     printed = capfd.readouterr().out
     for name in sanitize.TOOLS:
         assert f"--tool {name} --error-exitcode 1 1\n" in printed
-    assert printed.count("cayley (3, 3) torch.float32\n") == 2
+    lines = printed.splitlines()
+    for case in [case for case in CASES if case.max_kernel_n]:
+        for dtype in ("float32", "float64", "bfloat16"):
+            assert lines.count(f"{case.name} {case.shape(3)} torch.{dtype}") == 2
     assert printed.count(", no error\n") == 2
 
 

@@ -125,6 +125,7 @@ def leaf(cls: _Class) -> _Class:
     """Make a class of modules one of torch's to ``torch.fx``, by its ``__module__``.
 
     A traced graph calls such modules. Into others it looks, and keeps the weight as a constant.
+    To ``inspect``, too, the class is in torch's file, and doctest passes over its examples.
     """
     this: Any = cls
     path = f"{this.__module__}:{this.__name__}"

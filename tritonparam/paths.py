@@ -106,7 +106,7 @@ def device_declines(x: Tensor) -> str:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether ``device_declines`` says no because x is on the CPU; it costs less than to ask."""
+    """Whether the closed form is certain as x is on the CPU; less work than ``device_declines``."""
     return x.is_cpu and _override != "kernel"
 
 
