@@ -87,7 +87,8 @@ def test_torchs_map_is_as_exact_and_as_orthogonal(norm):
         gradients = (error(dx, dxs[2]) for dx in dxs[:2])
         errors.append((*values, *gradients, float(off), float(off32)))
     ours, theirs = torch.tensor(errors).double().square().mean(0).sqrt().view(3, 2).unbind(1)
-    assert all(a <= allowed(float(b)) for a, b in zip(ours, theirs, strict=True))
+    assert all(a <= allowed(float(b)) for a, b in zip(ours[:2], theirs[:2], strict=True))
+    assert ours[2] <= theirs[2]
 
 
 def test_second_derivatives_of_torchs_map_are_torchs():
