@@ -167,7 +167,7 @@ def inverse(
 
 def _options(k: int, form: str, a: float, b: float) -> dict:
     options: dict = {"FORM": form, "A": a, "B": b, "PIVOTS": 16, "BLOCK": 32 if k <= 32 else 64}
-    return options | {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+    return options | {"num_warps": 4 if k <= 32 else 8, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def shipped(backend: str) -> list[tuple]:
