@@ -144,20 +144,19 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
     block_k = block if backend == "interpreter" else 16
     wide = dtype == torch.float64 or backend == "hip"
     precision = "ieee" if wide else "tf32x3"
-    if block == 16 and backend == "cuda":
-        return Config(block, block_k, precision, 2, maxnreg=168)  # with 128, ptxas spills
+    if block <= 32 and backend == "cuda":  # where ptxas spills with 128 or 80 registers
+        warps, maxnreg = (2, 168) if block == 16 else (4, 96)
+        return Config(block, block_k, precision, warps, maxnreg=maxnreg)
     return Config(block, block_k, precision, 8 if block == 64 else 4)
 
 
 def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
-    """The default of the backward, which at 32 spills with the forward's warps, in fp64, and there
-    and at 64 with the registers that ptxas takes of itself."""
+    """The default of the backward, which at 32 spills with the forward's warps, and there and at 64
+    with the registers that ptxas takes of itself."""
     default = config(n, dtype, backend)
-    if default.block == 32 and backend == "cuda":
-        return replace(default, num_warps=8, maxnreg=168)
-    if default.precision == "tf32x3":
-        return replace(default, maxnreg=128)
-    return default
+    if default.block == 16 or backend != "cuda":
+        return default
+    return replace(default, num_warps=8, maxnreg=128 if default.precision == "tf32x3" else 168)
 
 
 def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:

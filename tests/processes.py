@@ -26,7 +26,12 @@ class Processes:
         self._started: list[subprocess.Popen] = []
 
     def __enter__(self) -> Processes:
-        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        # A shell has its background jobs ignore SIGINT, as what they start then does.
+        handlers = {
+            signal.SIGINT: signal.default_int_handler,
+            signal.SIGTERM: lambda *_: sys.exit(128 + signal.SIGTERM),
+        }
+        self._before = {which: signal.signal(which, to) for which, to in handlers.items()}
         return self
 
     def __exit__(
@@ -34,7 +39,8 @@ class Processes:
     ) -> None:
         for process in self._started:
             _kill(process)
-        signal.signal(signal.SIGTERM, self._before)
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
 
     def start(self, command: list[str], **options: Any) -> subprocess.Popen:
         """Start one, with the options of ``subprocess.Popen``."""
