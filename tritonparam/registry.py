@@ -24,8 +24,11 @@ transforms_active = torch._C._are_functorch_transforms_active
 _mode = torch._C._get_dispatch_mode
 _FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 _n_modes, _mode_at = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_stack_at
-_names = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"  # torch's own affair
-_SELECTIVE = tuple([getattr(checkpoint, name) for name in _names if hasattr(checkpoint, name)])
+# Of selective activation checkpoints, as torch names them now; () where it no longer does.
+_SELECTIVE = (
+    getattr(checkpoint, "_CachingTorchDispatchMode", ()),
+    getattr(checkpoint, "_CachedTorchDispatchMode", ()),
+)
 _tracing = torch._C._get_tracing_state
 _aliases: dict[type[nn.Module], type[nn.Module]] = {}
 
