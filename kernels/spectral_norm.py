@@ -3,7 +3,9 @@
 Three launches where it iterates once: the parts of W^T t, their sum, the division. Without a
 barrier across the grid and with sums in a fixed order two are not enough: a program that divides
 would have to add up the parts itself, up to a quarter of W; and of sigma^2, the sum of <p, p'> over
-all pairs of parts, the kernel that makes the parts knows those with p = p' only.
+all pairs of parts, the kernel that makes the parts knows those with p = p' only. The last program
+to arrive could add them up; but its counter has to be zeroed by one more launch, or is kept from
+one call to the next and counts wrongly where two streams use it at once.
 """
 
 from __future__ import annotations
