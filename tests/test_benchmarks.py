@@ -31,6 +31,7 @@ from benchmarks.cases import (
 from benchmarks.clock import Clock
 from benchmarks.passes import Pass
 from tests.cases import CASES
+from tests.resumed import BEGAN
 from tests.stand_in_gpu import SMALL, stand_in
 
 
@@ -193,6 +194,20 @@ def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in
     content = json.loads(path.read_text())
     assert [row["contender"] for row in content["rows"]] == ["composed", "closed"]
     assert content["machine"]["device"] == "Stand-in 1"
+
+
+def test_rows_of_an_earlier_process_of_the_run_are_kept(folder, monkeypatch):
+    def written(row):
+        test_speed.Results().add("cayley", [row])
+        return json.loads((folder / "cayley.json").read_text())["rows"]
+
+    first, second = {"contender": "composed"}, {"contender": "kernel"}
+    assert written(first) == [first]
+    assert written(second) == [second]
+    monkeypatch.setenv(BEGAN, "1")
+    assert written(first) == [second, first]
+    monkeypatch.setenv(BEGAN, str(time.time() + 100))
+    assert written(first) == [first]
 
 
 def test_a_row_that_takes_too_long_is_cut_off():
