@@ -296,7 +296,24 @@ def test_a_baseline_that_runs_out_of_memory_is_a_row_of_none(cuda, monkeypatch):
 
     monkeypatch.setattr(Pass, "run", out_of_memory)
     none, *_ = both(TALL, cuda.clock)
-    assert none["timed"] == "none: torch's runs out of memory"
+    assert none["timed"] == "none: it runs out of memory"
+
+
+@pytest.mark.parametrize("message", ["no valid lowering\nof it", ""])
+def test_a_baseline_that_does_not_compile_is_a_row_of_none(cuda, monkeypatch, message):
+    def compiled():
+        raise NotImplementedError(message)
+
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled)
+    none, *others = both(SQUARE, cuda.clock)
+    assert none["contender"] == "compiled"
+    assert none["timed"] == f"none: it fails: {message.split(chr(10))[0] or 'NotImplementedError'}"
+    assert {row["contender"] for row in others if row["median_us"] is not None} == {
+        *("composed", "closed", "kernel"),
+    }
+    assert [row["phase"] for row in others if row["contender"] == "compiled"] == [f"{BOTH}, graph"]
+    assert report._times([none, *others], floors=True)
+    assert report._more([none, *others])
 
 
 def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):
