@@ -23,8 +23,12 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
+    """What it prints: nothing where this is no repository, or there is no git."""
     root = Path(__file__).parents[1]
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout
+    except OSError:
+        return ""
 
 
 def _commit() -> str | None:

@@ -52,11 +52,12 @@ def forward_backward(
 
 
 def _none(weights: Weights, phase: str) -> list[Row]:
-    """The row of a baseline that there is not."""
-    if not weights.why_none:
-        return []
-    none = rows.row(weights.timed, phase, "composed", {})
-    return [none | {"timed": weights.why_none} | _floor(weights, BOTH)]
+    """The rows of baselines that there are not."""
+    floor = _floor(weights, BOTH) if weights.none else {}
+    return [
+        rows.row(weights.timed, phase, name, {}) | {"timed": why} | floor
+        for name, why in weights.none.items()
+    ]
 
 
 def _floor(weights: Weights, phase: str) -> Row:
@@ -94,8 +95,8 @@ def _peers(weights: Weights, passes: dict[str, Pass]) -> list[Row]:
             first = one.samples(clock)
             if first[BOTH].seconds > ONCE[clock.kind]:
                 once[peer.name] = [one.samples(clock)]
-        except torch.OutOfMemoryError:
-            known[peer.name] = {"timed": "none: it runs out of memory"}
+        except Exception as error:  # of other people's code
+            known[peer.name] = {"timed": rows.none_for(error)}
             continue
         theirs[peer.name] = one
     if not known:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import tritonparam as tp
 from benchmarks.cases import BACKWARD, BOTH, FORWARD
 from benchmarks.clock import Clock, Sample
+from benchmarks.rows import first_line
 
 Samples = dict[str, Sample]  # of one turn, by phase
 Timer = Callable[[], Samples]
@@ -123,7 +124,7 @@ class Pass:
                 graphs[FORWARD], graphs[BACKWARD] = clock.capture(self.forward, self.backward)
             except RuntimeError as error:
                 clock.synchronize()
-                reason = f"it cannot be captured: {str(error).splitlines()[0]}"
+                reason = f"it cannot be captured: {first_line(error)}"
                 if not graphs:
                     return partial(self.samples, clock), f"eager: {reason}"
                 how += f"; in parts {reason}"

@@ -120,7 +120,7 @@ class Peer:
             return False
         try:
             importlib.import_module(self.module)
-        except (ImportError, OSError, RuntimeError) as error:
+        except Exception as error:  # of other people's code
             warnings.warn(f"{self.name} is installed but does not load: {error}", stacklevel=2)
             return False
         return True

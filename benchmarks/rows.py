@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+
 from benchmarks.cases import Timed
 
 Row = dict[str, Any]
@@ -43,6 +45,18 @@ def row(timed: Timed, phase: str, name: str, times: dict[str, list[float]]) -> R
         **percentiles(mine),
         "speedup_over_composed": ratio(times["composed"], mine) if compared else None,
     }
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, or its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def none_for(error: Exception) -> str:
+    """Why a contender has no times."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "none: it runs out of memory"
+    return f"none: it fails: {first_line(error)}"
 
 
 def error(x: float) -> float:

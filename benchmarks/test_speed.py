@@ -34,11 +34,12 @@ from benchmarks.rounds import Repeat
 from benchmarks.rows import OURS, Row
 from tests.cases import CASES
 from tests.on_gpu import NO_GPU
+from tests.resumed import BEGAN, UNTIL
 
 KIND = os.environ.get("TRITONPARAM_BENCH_DEVICE") or "cpu"
 if KIND == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError(f"TRITONPARAM_BENCH_DEVICE=cuda: {NO_GPU}")
-BUDGET = float(os.environ.get("TRITONPARAM_BENCH_BUDGET") or "inf")
+BUDGET = float(os.environ.get(UNTIL) or "inf") - time.time()
 OVERRUN = 30.0  # seconds beyond it, after which the row at work is cut off: compiling can take long
 OUT = os.environ.get("TRITONPARAM_BENCH_OUT") or None
 CLOCK = Clock(KIND)
@@ -48,7 +49,8 @@ READ_SIZE = {"cpu": 8, "cuda": 64}
 class Results:
     """The rows of this run by chain, written as they come, so that one that is cut off keeps them.
 
-    A chain's file is written anew by its first rows; those of other chains stay as they are.
+    A chain's file is written anew by its first rows, after those of processes before this one in
+    the same run; those of other chains stay as they are.
     """
 
     def __init__(self) -> None:
@@ -67,15 +69,25 @@ class Results:
             self._head = {"machine": machine.describe(KIND)}
             if KIND == "cuda":
                 self._head["rates"] = CLOCK.rates()
-        table = self._rows.setdefault(name, [])
-        table += found
         here = Path(__file__).parent / "results" / machine.folder(KIND)
         folder = Path(OUT) if OUT else here
         folder.mkdir(parents=True, exist_ok=True)
+        if name not in self._rows:
+            self._rows[name] = _of_this_run(folder / f"{name}.json")
+        table = self._rows[name]
+        table += found
         content = json.dumps({**self._head, "rows": table}, indent=1)
         written = folder / f"{name}.json.part"  # the file is whole, or what was there before
         written.write_text(content + "\n")
         written.replace(folder / f"{name}.json")
+
+
+def _of_this_run(path: Path) -> list[Row]:
+    """The rows that an earlier process of this run has written there."""
+    began = float(os.environ.get(BEGAN) or "inf")
+    if not path.exists() or path.stat().st_mtime < began:
+        return []
+    return json.loads(path.read_text())["rows"]
 
 
 @contextmanager

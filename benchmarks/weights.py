@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tritonparam as tp
+from benchmarks import rows
 from benchmarks.cases import BOTH, NORMS, Timed, compiles, least, torchs_bytes, torchs_own
 from benchmarks.clock import Clock
 from benchmarks.passes import SLOW, Pass, Reader, Samples
@@ -31,7 +32,7 @@ class Weights:
     """The constrained weights of one row: ours, and those of the baseline.
 
     Attributes:
-        why_none: why there is no baseline, or the empty string.
+        none: why there is no baseline, or no compiled one, by contender.
         once: times of composed and compiled where they are too slow to be timed again, known after
             `passes`.
     """
@@ -46,10 +47,12 @@ class Weights:
         self.gs = [torch.randn(shape, device=clock.device) for shape in timed.shapes]
         self.modules = [case.module(x) for x in self.originals]
         make = torchs_own(case)
-        self.why_none = self._no_room() if make else ""
+        self.none: dict[str, str] = {}
+        if make and (no_room := self._no_room()):
+            self.none["composed"] = no_room
         self.once: dict[str, Samples] = {}
         self.theirs: list[nn.Module] = []
-        if not self.why_none:
+        if not self.none:
             self.theirs = [make(x) if make else case.module(x) for x in self.originals]
 
     def _no_room(self) -> str:
@@ -105,15 +108,16 @@ class Weights:
                 found[name].run()
                 if name == "compiled" and self.once:
                     self.once[name] = found[name].samples(self.clock)
-            except torch.OutOfMemoryError:
+            except Exception as error:  # a compiler's can be of any kind
                 if name != "compiled":
                     raise
+                self.none[name] = rows.none_for(error)
                 del found[name]
         return found
 
     def peers(self) -> list[Peer]:
         """Those that do the same for one weight, if torch has the room for it."""
-        if len(self.originals) > 1 or self.why_none:
+        if len(self.originals) > 1 or "composed" in self.none:
             return []
         return peers(self.timed.name, self.timed.shapes[0])
 
@@ -139,14 +143,14 @@ class Weights:
 
     def _baseline(self) -> Samples | None:
         """Its second run, or None where there is no baseline, or too little memory for it."""
-        if self.why_none:
+        if "composed" in self.none:
             return None
         theirs = Pass(Reader.of("composed", self.theirs), self.gs)
         try:
             theirs.run()
             return theirs.samples(self.clock)
-        except torch.OutOfMemoryError:
-            self.theirs, self.why_none = [], "none: torch's runs out of memory"
+        except torch.OutOfMemoryError as error:
+            self.theirs, self.none["composed"] = [], rows.none_for(error)
             return None
 
     def floor(self, phase: str) -> float:

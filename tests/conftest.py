@@ -6,7 +6,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["TRITONPARAM_CACHE_DIR"] = ""  # what somebody tuned on this machine is not tested
-if "PYTEST_XDIST_WORKER" in os.environ:
+if {"PYTEST_XDIST_WORKER", "TRITONPARAM_TEST_PART"} & os.environ.keys():
     torch.set_num_threads(1)  # there is a worker for every core
 
 import pytest

@@ -2,8 +2,9 @@
 
 Most of their time is compiling kernels, on one core each. A part is neighbouring tests, so that few
 kernels are compiled twice. What has not finished after SECONDS is stopped, and prints what failed
-until then; the result is 1. Arguments that follow replace pytest's ``tests -m gpu``, which without
-a GPU are not started.
+until then; the result is 1. Each part goes on after a test that ends its process. With a folder in
+the environment, what all parts print goes to ``tests.log`` there too. Arguments that follow replace
+pytest's ``tests -m gpu``, which without a GPU are not started.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pathlib import Path
 import torch
 
 from tests.processes import Processes
+from tests.resumed import NO_TESTS
 
 PARTS = min(os.cpu_count() or 1, 12)
 PART = "TRITONPARAM_TEST_PART"  # "3/12" is the fourth of twelve
-NO_TESTS = 5  # pytest's exit status
+OUT = "TRITONPARAM_BENCH_OUT"  # the folder
 NO_GPU = (
     f"a GPU is needed, and torch {torch.__version__} of {sys.executable} finds none; "
     "give make gpu another GPU_PYTHON, or run make test and make bench, which need none."
@@ -46,13 +48,14 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         return 0
     deadline = time.monotonic() + float(seconds)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "tests.resumed", "-q", "-p", "no:cacheprovider"]
     command += chosen or ["tests", "-m", "gpu"]
     failed = False
     with tempfile.TemporaryDirectory() as folder, Processes() as running:
         logs = [Path(folder) / f"{part}.log" for part in range(PARTS)]
         for part, log in enumerate(logs):
             environment = os.environ | {PART: f"{part}/{PARTS}"}
+            environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else one per core, in each part
             with log.open("w") as out:
                 running.start(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
         for part, (log, status) in enumerate(zip(logs, running.wait(deadline), strict=True)):
@@ -61,9 +64,17 @@ def main(arguments: list[str]) -> int:
             text = log.read_text(errors="replace").rstrip()
             ended = text.rpartition("\n")[2] if status is not None else f"stopped at {seconds} s"
             print(f"part {part + 1} of {PARTS}: {ended}", flush=True)
+            _keep(f"part {part + 1} of {PARTS}\n{text}\n", "a" if part else "w")
             if not passed:
                 print(text)
     return int(failed)
+
+
+def _keep(text: str, mode: str) -> None:
+    if folder := os.environ.get(OUT):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with (Path(folder) / "tests.log").open(mode) as file:
+            file.write(text)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Processes:
             if status is None and not stopped:
                 stopped = [p for p in self._started if p.poll() is None]
                 for late in stopped:
-                    late.send_signal(signal.SIGINT)
+                    _signal(late, signal.SIGINT)
             if process in stopped:
                 _status(process, deadline + GRACE)
                 status = None
@@ -75,8 +75,12 @@ def _status(process: subprocess.Popen, deadline: float) -> int | None:
         return None
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """End its group, which can outlive it."""
+def _signal(process: subprocess.Popen, which: int) -> None:
+    """To its group, which can outlive it."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, which)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    _signal(process, signal.SIGKILL)
     process.wait()

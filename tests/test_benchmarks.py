@@ -31,6 +31,7 @@ from benchmarks.cases import (
 from benchmarks.clock import Clock
 from benchmarks.passes import Pass
 from tests.cases import CASES
+from tests.resumed import BEGAN
 from tests.stand_in_gpu import SMALL, stand_in
 
 
@@ -195,6 +196,20 @@ def test_a_case_is_cut_off_after_the_rows_that_it_has(folder, benchmark_stand_in
     assert content["machine"]["device"] == "Stand-in 1"
 
 
+def test_rows_of_an_earlier_process_of_the_run_are_kept(folder, monkeypatch):
+    def written(row):
+        test_speed.Results().add("cayley", [row])
+        return json.loads((folder / "cayley.json").read_text())["rows"]
+
+    first, second = {"contender": "composed"}, {"contender": "kernel"}
+    assert written(first) == [first]
+    assert written(second) == [second]
+    monkeypatch.setenv(BEGAN, "1")
+    assert written(first) == [second, first]
+    monkeypatch.setenv(BEGAN, str(time.time() + 100))
+    assert written(first) == [first]
+
+
 def test_a_row_that_takes_too_long_is_cut_off():
     before = signal.getsignal(signal.SIGALRM)
     with (
@@ -281,7 +296,24 @@ def test_a_baseline_that_runs_out_of_memory_is_a_row_of_none(cuda, monkeypatch):
 
     monkeypatch.setattr(Pass, "run", out_of_memory)
     none, *_ = both(TALL, cuda.clock)
-    assert none["timed"] == "none: torch's runs out of memory"
+    assert none["timed"] == "none: it runs out of memory"
+
+
+@pytest.mark.parametrize("message", ["no valid lowering\nof it", ""])
+def test_a_baseline_that_does_not_compile_is_a_row_of_none(cuda, monkeypatch, message):
+    def compiled():
+        raise NotImplementedError(message)
+
+    monkeypatch.setattr(torch, "compile", lambda read, dynamic: compiled)
+    none, *others = both(SQUARE, cuda.clock)
+    assert none["contender"] == "compiled"
+    assert none["timed"] == f"none: it fails: {message.split(chr(10))[0] or 'NotImplementedError'}"
+    assert {row["contender"] for row in others if row["median_us"] is not None} == {
+        *("composed", "closed", "kernel"),
+    }
+    assert [row["phase"] for row in others if row["contender"] == "compiled"] == [f"{BOTH}, graph"]
+    assert report._times([none, *others], floors=True)
+    assert report._more([none, *others])
 
 
 def test_a_slow_baseline_is_timed_once(cuda, monkeypatch):

@@ -95,7 +95,7 @@ def test_as_exact_as_the_pivoted_solve(n, norm, spectrum):
 def test_within_the_bound_of_accuracy_in_the_arithmetic_of_a_gpu(n, norm, monkeypatch):
     if DEVICE == "cpu" and not compute_as_a_gpu(monkeypatch):
         pytest.skip("Triton's interpreter is not as the tests know it")
-    batch = 4 if n <= 8 else 1
+    batch = 16 if n <= 8 else 1  # the error of a few small matrices is what luck makes of it
     w = torch.stack([with_norm(gaussian(n), norm).triu(1) for _ in range(batch)]).float()
     d, g = torch.ones(batch, n), torch.randn(batch, n, n)
     exact, solve, got = reference(w, d, g, torch.float64), reference(w, d, g, w.dtype), run(w, d, g)

@@ -221,6 +221,27 @@ def test_a_triangle_before_a_map_of_ours(begin, end, lower):
     )
 
 
+@pytest.mark.parametrize(("begin", "sign"), [(geotorch.Skew, -1), (geotorch.Symmetric, 1)])
+def test_kernels_take_both_triangles_together(begin, sign):
+    pytest.importorskip("triton")
+    size = [(3, 3)] if begin is geotorch.Skew else []
+    links = [begin(*size, lower=lower) for lower in (True, False)]
+    layers = [chained(of_shape(3, 3).float(), link, tp.MatrixExponential()) for link in links]
+    model = tp.fuse(nn.ModuleList(layers), strict=True)
+    with torch.no_grad():
+        lower, upper = (x.parametrizations.weight.original for x in layers)
+        upper.copy_(sign * lower.mT)
+    with tp.use_path("kernel"), tp.cached(model):
+        weights = [layer.weight for layer in layers]
+    assert tp.stats()["kernel"] == 2
+    for weight in weights:
+        assert torch.allclose(weight, layers[0].weight, atol=1e-5)
+    sum(weights).square().sum().backward()
+    grads = [x.parametrizations.weight.original.grad for x in layers]
+    assert torch.allclose(grads[1], sign * grads[0].mT, atol=1e-5)
+    assert not grads[0].triu(1).any()
+
+
 def test_registering_a_manifold_is_all_or_nothing():
     layer, manifold = nn.Linear(4, 5), geotorch.Stiefel((5, 4))
     before = layer.weight.detach().clone(), manifold.base.clone()

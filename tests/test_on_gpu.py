@@ -31,8 +31,10 @@ def test_parts_pass_or_fail(chosen, status, said, tmp_path, monkeypatch, capsys)
     failing = "assert False, 'beyond its bound'"
     file.write_text(f"def test_within(): pass\n\n\ndef test_beyond(): {failing}\n")
     monkeypatch.setattr(on_gpu, "PARTS", 1)
+    monkeypatch.setenv(on_gpu.OUT, str(tmp_path / "new" / "out"))
     assert on_gpu.main(["100", str(file), "-k", chosen]) == status
     assert said in capsys.readouterr().out
+    assert said in (tmp_path / "new" / "out" / "tests.log").read_text()
 
 
 def test_what_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):

@@ -129,9 +129,12 @@ def test_geotorch_is_absent_where_it_would_make_large_square_matrices():
     assert "geotorch" not in {peer.name for peer in peers_of.peers("tall_exp", (30000, 50))}
 
 
-def test_a_peer_that_is_wrong_or_has_no_room_is_a_row_of_none(quick, monkeypatch):
+def test_a_peer_that_is_wrong_or_fails_or_has_no_room_is_a_row_of_none(quick, monkeypatch):
     def no_room(case, original):
         raise torch.OutOfMemoryError("out of memory")
+
+    def other(case, original):
+        raise AttributeError("it has no _cayley_batch\nany more")
 
     def off(case, original):
         return case.module(original * (1 + 1e-2))
@@ -139,9 +142,11 @@ def test_a_peer_that_is_wrong_or_has_no_room_is_a_row_of_none(quick, monkeypatch
     wrong = Peer("wrong", "torch", ("cayley",), off)
     none = replace(wrong, name="large", make=no_room)
     near = replace(wrong, name="near", approximate=True)
-    monkeypatch.setattr(weights, "peers", lambda chain, shape: [wrong, none, near])
-    *_, a, b, c = rows_of(Timed("cayley", ((4, 4),)), quick)
-    assert a["median_us"] is b["median_us"] is None
+    fails = replace(wrong, name="fails", make=other)
+    monkeypatch.setattr(weights, "peers", lambda chain, shape: [wrong, none, fails, near])
+    *_, a, b, d, c = rows_of(Timed("cayley", ((4, 4),)), quick)
+    assert a["median_us"] is b["median_us"] is d["median_us"] is None
+    assert d["timed"] == "none: it fails: it has no _cayley_batch"
     assert a["timed"] == f"none: it is off by {a['value_error']:.1e}"
     assert b["timed"] == "none: it runs out of memory"
     assert c["median_us"] > 0

@@ -123,6 +123,7 @@ def test_the_line_of_the_machine(monkeypatch):
 
     monkeypatch.setattr(machine.subprocess, "run", absent)
     assert machine._driver() is None
+    assert machine._commit() is None
 
 
 def test_plots_show_what_the_rows_hold(tmp_path):

@@ -103,11 +103,18 @@ def _of_a_triangle(cls: type[nn.Module], chain: tuple[type[nn.Module], ...], sig
     """The rule for a chain of ours that begins with geotorch's link: of either triangle."""
     (rule,) = [rule for rule in RULES if rule.chain == chain]
 
-    def op(links: Sequence[nn.Module], w: Tensor) -> Tensor:
+    def upper(links: Sequence[nn.Module], w: Tensor) -> Tensor:
         link: Any = links[0]
-        return rule.op(links, sign * w.mT if link.lower else w)
+        return sign * w.mT if link.lower else w
 
-    return replace(rule, chain=(cls, *chain[1:]), op=op)
+    return replace(
+        rule,
+        chain=(cls, *chain[1:]),
+        op=lambda links, w: rule.op(links, upper(links, w)),
+        together=lambda chains: rule.together(
+            [(links, (upper(links, w),)) for links, (w,) in chains]
+        ),
+    )
 
 
 # A factor is base @ map(X): torch's, but that SO may take the upper triangle of X and that
