@@ -71,10 +71,12 @@ def round_to_nearest() -> None:
 def compute_as_a_gpu(monkeypatch) -> bool:
     """Division of fp32 up to 2 ulp off, `tl.dot` in TF32 and in three such products.
 
-    A tensor core truncates its operands, aligns eight products and what they are added to to the
-    largest, with two digits more, truncates each and the sum (Fasi, Higham, Mikaitis & Pranesh,
-    "Numerical behavior of NVIDIA tensor cores", 2021). Of three products the last is of the large
-    parts, upon the others; what is added to them is added in fp32. Whether an operation is off, and which way, depends on its operands alone, as on a GPU: programs
+    A tensor core truncates its operands, aligns eight products, and what they are added to, to the
+    largest of them with two digits more, and truncates each and the sum: Fasi, Higham, Mikaitis &
+    Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021). Of three products the last one, of
+    the large parts, starts from the small ones; Triton adds it to the accumulator in fp32.
+
+    Whether an operation is off, and which way, depends on its operands alone, as on a GPU: programs
     that compute the same thing agree. Returns False where the interpreter is not as this knows it.
     """
     import numpy as np
