@@ -82,7 +82,7 @@ def _square_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """x = X + GAMMA I and h = ALPHA X^2 + GAMMA I, one program for each pair of tiles.
+    """x = X and h = ALPHA X^2 + GAMMA I, one program for each pair of tiles.
 
     X = T + D, T = U + SIGN U^T, U = triu(w, 1), D = diag(w) - mu I, or 0 without mu_ptr; mu is the
     mean of the diagonal. X^2 = T^2 + D T + T D + D^2. In the tile (i, j) of T^2, i <= j, the sum
@@ -127,7 +127,7 @@ def _square_kernel(
     mirror = tl.trans(z)
     z = tl.where(row > col, mirror, z)
     x_ptr += matrix * n_cols * n_cols
-    store_pair(x_ptr, x + diagonal * GAMMA, tl.trans(x) * SIGN, i, j, n_cols, BLOCK)
+    store_pair(x_ptr, x, tl.trans(x) * SIGN, i, j, n_cols, BLOCK)
     store_pair(h_ptr + matrix * n_cols * n_cols, z, mirror, i, j, n_cols, BLOCK)
     if sums_ptr is not None:
         times = tl.where(i < j, 2.0, 1.0)
@@ -143,7 +143,7 @@ def skew_square(
     gamma: float = 0.0,
     sums: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X + gamma I and alpha X^2 + gamma I of X = triu(w, 1) - triu(w, 1)^T.
+    """X and alpha X^2 + gamma I of X = triu(w, 1) - triu(w, 1)^T.
 
     `w` is [matrices, n, n] of any strides. Both results are contiguous, in the compute dtype
     `torch.promote_types(w.dtype, torch.float32)`; `sums` is as for a "symmetric" `gemm.product`.

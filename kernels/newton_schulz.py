@@ -22,7 +22,7 @@ ROUGH_UP_TO = 100.0  # the bound of ||X||^2 up to which TF32 products correct th
 
 @triton.jit(do_not_specialize=["n_tiles"])
 def _start_kernel(
-    p_ptr,
+    x_ptr,
     h_ptr,
     sums_ptr,
     q_ptr,
@@ -40,13 +40,13 @@ def _start_kernel(
     BLOCK_TILES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Where each matrix starts, and its schedule: from H = P^T P and the sums of its tiles,
+    """Where each matrix starts, and its schedule: from H = I - X^2 and the sums of its tiles,
 
-        l >= ||H||,  c = 2 / (1 + l),  Y = c P,  R = I - c H (over H).
+        l >= ||H||,  c = 2 / (1 + l),  Y = c (I + X),  R = I - c H (over H).
 
     Eigenvalues of H come in pairs, with one 1 more if n is odd. Of n // 2 values with a given mean
     and mean square none is above mean + deviation sqrt(n // 2 - 1) (Samuelson 1968); SLACK is for
-    what the sums lose. Round by round the least eigenvalue of P^T Y is at least a, and
+    what the sums lose. Round by round the least eigenvalue of (I - X) Y is at least a, and
     ||R|| <= r = 1 - a; the factor 2 / (1 + a (2 - a)) centres what Y + Y R leaves. The rounds are
     counted until r is below TINY, half of eps, from an a that has lost eps in rounding; the last
     has the factor 1, or NaN where ROUNDS rounds are not enough. They are aligned to their end:
@@ -97,7 +97,7 @@ def _start_kernel(
     eye = tl.where(entry % (n_cols + 1) == 0, 1.0, 0.0)
     h = tl.load(h_ptr + offset, mask=mask, other=0.0)
     tl.store(h_ptr + offset, eye - c * h, mask=mask)
-    y = c * tl.load(p_ptr + offset, mask=mask, other=0.0)
+    y = c * (tl.load(x_ptr + offset, mask=mask, other=0.0) + eye)
     if first % 2 == 0:
         tl.store(q_ptr + offset, y, mask=mask)
     else:
@@ -121,7 +121,7 @@ def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") ->
 
 def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
-    forms = {"fwd": [("full", "tnn")], "bwd": [("full", "ntn"), ("skew_gradient", "tnt")]}
+    forms = {"fwd": [("full", "nnn")], "bwd": [("full", "ntn"), ("skew_gradient", "tnt")]}
     rows = product_launches(config, compute_dtype(dtype), forms[phase])
     return rows + (square_launches(config, dtype, "skew") if phase == "fwd" else [])
 
@@ -134,8 +134,10 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     large for ROUNDS rounds, Q is NaN.
 
     Newton-Schulz for Y = (I - X)^{-1}: R = I - (I - X) Y and Y + Y R, scaled (`_start_kernel`).
-    I - X = P^T with P = I + X, so that nothing but P is read. Products are plain TF32 as long as
-    the iteration corrects them; the last residual never is.
+    Tensor cores truncate their sums, so R is computed as (I - Y) + X Y, whose product is small
+    where X is and has no I to cancel. Products are plain TF32 as long as the iteration corrects
+    them: the last two residuals never are, as R^2 is what stays of an error in the one before the
+    last, nor is the last product, as the last R may be as large as sqrt(eps).
     """
     q = torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device)
     if q.numel() == 0:
@@ -144,25 +146,26 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     w = w.reshape(-1, *w.shape[-2:])
     n_matrices, n, _ = w.shape
     sums = q.new_empty(n_matrices, n_tiles(n, config, "symmetric"), 2)
-    p, r = skew_square(w, config, alpha=-1.0, gamma=1.0, sums=sums)  # P^T P = I - X^2
-    q_flat, y = q.view_as(p), torch.empty_like(p)
-    factor = p.new_empty(n_matrices, ROUNDS)
-    first, rough = torch.empty(2, n_matrices, dtype=torch.int32, device=p.device)
+    x, r = skew_square(w, config, alpha=-1.0, gamma=1.0, sums=sums)  # r is I - X^2
+    q_flat, y = q.view_as(x), torch.empty_like(x)
+    factor = x.new_empty(n_matrices, ROUNDS)
+    first, rough = torch.empty(2, n_matrices, dtype=torch.int32, device=x.device)
     options = _start_options(q.dtype)
     grid = (n_matrices * triton.cdiv(n * n, options["BLOCK"]),)
     launch(
-        _start_kernel, grid, p, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options
+        _start_kernel, grid, x, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options
     )
     source, target = q_flat, y
     for turn in range(ROUNDS - 1):
         skip = {"first": first, "turn": turn}
         scale = factor[:, turn]
         product(source, r, config, c=source, scale=scale, rough=rough, out=target, **skip)
-        rough_residual = rough if turn < ROUNDS - 2 else None
-        product(p.mT, target, config, alpha=-1, gamma=1, rough=rough_residual, out=r, **skip)
+        rough_residual = rough if turn < ROUNDS - 3 else None
+        rest = {"c": target, "beta": -1, "gamma": 1}
+        product(x, target, config, rough=rough_residual, out=r, **rest, **skip)
         source, target = target, source
     last = {"alpha": 2, "beta": 2, "gamma": -1, "u": d, "v": d, "scale": factor[:, -1]}
-    product(source, r, config, c=source, rough=rough, out=target, **last)
+    product(source, r, config, c=source, out=target, **last)
     return q
 
 
@@ -200,7 +203,7 @@ def cayley_bwd(
     return dw
 
 
-# Of `cayley_fwd`: P with P^T P, the start, two products a round and one in the last. And of
+# Of `cayley_fwd`: X with I - X^2, the start, two products a round and one in the last. And of
 # `cayley_bwd`: two products.
 N_LAUNCHES = (2 + 2 * (ROUNDS - 1) + 1, 2)
 
@@ -218,7 +221,7 @@ def shipped(backend: str) -> list[tuple]:
     """Launches for compiling ahead of time, as in `cayley.shipped`; `gemm` has the products."""
     rows: list[tuple] = []
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-        types = {f"{x}_ptr": f"*{name}" for x in ("p", "h", "sums", "q", "y", "factor")}
+        types = {f"{x}_ptr": f"*{name}" for x in ("x", "h", "sums", "q", "y", "factor")}
         types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
         rows.append((f"newton_schulz_{name}", _start_kernel, types, _start_options(dtype)))
     return rows

@@ -93,3 +93,5 @@ def test_the_arithmetic_of_a_gpu(precision, least, most, monkeypatch):
     assert 1 < ulps <= 2.5  # 2 from the nearest
     exact = x.double() @ y.double()
     assert least <= (z[1] - exact).norm() / exact.norm() <= most
+    lost = ((exact - z[1]) * exact.sign()).mean() / exact.abs().mean()
+    assert (lost > 4e-8) == (precision != "ieee")  # truncated sums are too small

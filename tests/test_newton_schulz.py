@@ -7,7 +7,16 @@ from torch.linalg import matrix_norm
 pytest.importorskip("triton")
 
 from tests.spectra import SPECTRA, gaussian, low_rank, with_norm
-from tests.test_cayley_kernels import BACKEND, DEVICE, NORMS, check, reference, run, signs
+from tests.test_cayley_kernels import (
+    BACKEND,
+    DEVICE,
+    NORMS,
+    check,
+    check_bound,
+    reference,
+    run,
+    signs,
+)
 from tritonparam.kernels import newton_schulz
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -28,6 +37,12 @@ def weights(n, *norms, spectrum=gaussian, dtype=torch.float32):
 def test_as_exact_as_the_pivoted_solve(n, norm, spectrum):
     w = weights(n, norm, spectrum=spectrum)
     check(w, signs(1, n).float(), torch.randn(1, n, n), newton_schulz)
+
+
+# The last R is as large as it may be; the one before it was as rough.
+@pytest.mark.parametrize("norm", [0.19, 2.3])
+def test_within_the_bound_of_accuracy_in_the_arithmetic_of_a_gpu(norm, monkeypatch):
+    check_bound(32, norm, monkeypatch, newton_schulz, "cuda" if DEVICE == "cpu" else BACKEND)
 
 
 @pytest.mark.parametrize("norm", [0.1, 10.0, 1000.0])
