@@ -294,6 +294,8 @@ def test_what_is_transferred_is_fused_where_it_was():
         assert torch.equal(getattr(other, name), getattr(layer, name))
     with tp.cached():
         assert other.weight is other.weight
-    third = tp.transfer_parametrizations_and_params(layer, tp.spectral_norm(nn.Linear(4, 4)), "bias")
+    third = tp.transfer_parametrizations_and_params(
+        layer, tp.spectral_norm(nn.Linear(4, 4)), "bias"
+    )
     assert list(third.parametrizations) == ["weight", "bias"]
     assert tp.transfer_parametrizations_and_params(nn.Linear(4, 4), third) is third

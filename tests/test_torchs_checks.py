@@ -248,7 +248,7 @@ def test_links_that_make_and_unmake_tensor_subclasses(home, leave_parametrized):
             return x
 
         def right_inverse(self, x):
-            return TwoTensor(x, x)
+            return TwoTensor(x.clone(), x.clone())  # x is where it will be
 
     for link, before, original, after in (
         (Wrap, torch.Tensor, torch.Tensor, TwoTensor),
@@ -267,6 +267,9 @@ def test_links_that_make_and_unmake_tensor_subclasses(home, leave_parametrized):
             home.register_parametrization(layer, name, link())
             assert type(layer.parametrizations[name]) is FusedParametrizationList
             assert type(getattr(layer, name)) is after
+            if link is WrapOriginal:
+                setattr(layer, name, torch.zeros(2, 2))
+                assert not getattr(layer, name).a.any()
             home.remove_parametrizations(layer, name, leave_parametrized=leave_parametrized)
             assert getattr(layer, name) is x
             assert type(x) is (plain if left is torch.Tensor else TwoTensor)
