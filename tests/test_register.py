@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization as torch_register
 
 import tritonparam as tp
+from tritonparam.fuse import FusedParametrizationList
 
 
 class Double(nn.Module):
@@ -282,3 +283,19 @@ def test_batched_weights():
     module.weight = value
     assert torch.allclose(module.weight, value, atol=1e-5)
     assert module.parametrizations.weight[1].signature.shape == (3, 4)
+
+
+def test_what_is_transferred_is_fused_where_it_was():
+    layer = tp.register_parametrization(nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+    torch_register(layer, "bias", Double())
+    other = tp.transfer_parametrizations_and_params(layer, nn.Linear(4, 4))
+    for name, kind in (("weight", FusedParametrizationList), ("bias", tp.ParametrizationList)):
+        assert type(other.parametrizations[name]) is kind
+        assert torch.equal(getattr(other, name), getattr(layer, name))
+    with tp.cached():
+        assert other.weight is other.weight
+    third = tp.transfer_parametrizations_and_params(
+        layer, tp.spectral_norm(nn.Linear(4, 4)), "bias"
+    )
+    assert list(third.parametrizations) == ["weight", "bias"]
+    assert tp.transfer_parametrizations_and_params(nn.Linear(4, 4), third) is third

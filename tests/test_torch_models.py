@@ -75,6 +75,14 @@ def test_values_and_gradients_of_orthogonal_weights(
 
 @maps
 @bases
+def test_a_weight_that_was_read_may_be_written_to(orthogonal_map, use_trivialization):
+    for shape in ((6, 6), (9, 4), (4, 9)):
+        weight = tp.fuse(constrained(shape, orthogonal_map, use_trivialization)).weight
+        assert torch.equal(2 * weight.detach(), weight.mul_(2))
+
+
+@maps
+@bases
 def test_the_state_and_what_is_assigned_are_torchs_bits(orthogonal_map, use_trivialization):
     for shape in ((6, 6), (9, 4), (4, 9), (2, 3, 3, 3), (2, 7, 3)):
         module = constrained(shape, orthogonal_map, use_trivialization)

@@ -232,8 +232,9 @@ def test_copies_and_pickles():
         pickle.dumps(layer)
 
 
+@pytest.mark.parametrize("home", [parametrize, tp], ids=["theirs", "ours"])
 @pytest.mark.parametrize("leave_parametrized", [False, True])
-def test_links_that_make_and_unmake_tensor_subclasses(leave_parametrized):
+def test_links_that_make_and_unmake_tensor_subclasses(home, leave_parametrized):
     class Wrap(nn.Module):
         def forward(self, x):
             return TwoTensor(x, x)
@@ -242,20 +243,37 @@ def test_links_that_make_and_unmake_tensor_subclasses(leave_parametrized):
         def forward(self, x):
             return x.a
 
-    for link, before, after in ((Wrap, torch.Tensor, TwoTensor), (Unwrap, TwoTensor, torch.Tensor)):
+    class WrapOriginal(nn.Module):
+        def forward(self, x):
+            return x
+
+        def right_inverse(self, x):
+            return TwoTensor(x.clone(), x.clone())  # x is where it will be
+
+    for link, before, original, after in (
+        (Wrap, torch.Tensor, torch.Tensor, TwoTensor),
+        (Unwrap, TwoTensor, TwoTensor, torch.Tensor),
+        (WrapOriginal, torch.Tensor, TwoTensor, TwoTensor),
+    ):
+        left = after if leave_parametrized else original
+        if left is not before and not torch.__future__.get_swap_module_params_on_conversion():
+            continue  # torch can only swap a subclass into its place
         layer = nn.Linear(2, 2)
+        layer.register_buffer("buffer", torch.ones(2, 2))
         if before is TwoTensor:
             layer._apply(lambda x: TwoTensor(x, x))
-        weight = layer.weight
-        if leave_parametrized and not torch.__future__.get_swap_module_params_on_conversion():
-            continue  # torch can only swap a subclass into its place
-        register(layer, "weight", link())
-        assert type(layer.weight) is after
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=leave_parametrized)
-        assert layer.weight is weight
-        left = after if leave_parametrized else before
-        assert type(layer.weight) is (nn.Parameter if left is torch.Tensor else TwoTensor)
-        assert isinstance(layer.weight, nn.Parameter)
+        for name, plain in (("weight", nn.Parameter), ("buffer", torch.Tensor)):
+            x = getattr(layer, name)
+            home.register_parametrization(layer, name, link())
+            assert type(layer.parametrizations[name]) is FusedParametrizationList
+            assert type(getattr(layer, name)) is after
+            if link is WrapOriginal:
+                setattr(layer, name, torch.zeros(2, 2))
+                assert not getattr(layer, name).a.any()
+            home.remove_parametrizations(layer, name, leave_parametrized=leave_parametrized)
+            assert getattr(layer, name) is x
+            assert type(x) is (plain if left is torch.Tensor else TwoTensor)
+            assert isinstance(x, nn.Parameter) == (plain is nn.Parameter)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])

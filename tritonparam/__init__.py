@@ -2,9 +2,6 @@
 
 from torch.nn.utils.parametrize import ParametrizationList as ParametrizationList
 from torch.nn.utils.parametrize import is_parametrized as is_parametrized
-from torch.nn.utils.parametrize import (
-    transfer_parametrizations_and_params as transfer_parametrizations_and_params,
-)
 from torch.nn.utils.parametrize import type_before_parametrizations as type_before_parametrizations
 
 from tritonparam import functional as functional
@@ -32,6 +29,9 @@ from tritonparam.paths import use_path as use_path
 from tritonparam.preimage import NoPreimage as NoPreimage
 from tritonparam.register import register_parametrization as register_parametrization
 from tritonparam.register import remove_parametrizations as remove_parametrizations
+from tritonparam.register import (
+    transfer_parametrizations_and_params as transfer_parametrizations_and_params,
+)
 from tritonparam.registry import alias as alias
 from tritonparam.rnn import orthogonal_gates as orthogonal_gates
 from tritonparam.tuner import tune as tune

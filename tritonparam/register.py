@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from tritonparam import once
 from tritonparam.fuse import (
+    FusedParametrizationList,
     fuse_list,
     inject,
     lists,
@@ -23,7 +24,7 @@ from tritonparam.fuse import (
     require_whole,
     swap_originals,
 )
-from tritonparam.transaction import restored_on_error, stand_in, write
+from tritonparam.transaction import fits, restored_on_error, stand_in, write
 
 
 def register_parametrization(
@@ -154,7 +155,7 @@ def remove_parametrizations(
     if plist.is_tensor and leave_parametrized:
         with torch.no_grad():
             value = getattr(module, tensor_name)
-        if value.shape == plist.original.shape and value.dtype == plist.original.dtype:
+        if fits(plist.original, value):
             leave_parametrized = False
         else:
             value = None  # torch knows what can be done about it
@@ -170,3 +171,32 @@ def remove_parametrizations(
             home[name] = home.pop(name)
     once.forget(module)
     return module
+
+
+def transfer_parametrizations_and_params(
+    from_module: nn.Module, to_module: nn.Module, tensor_name: str | None = None
+) -> nn.Module:
+    """Parametrize a module as another is, with its values: torch's function.
+
+    What is fused there is fused here.
+
+    Arguments:
+        from_module: the module to take links and originals from; nothing happens if it has none.
+        to_module: the module that shares them afterwards.
+        tensor_name: the name of one parametrized tensor; None is all.
+
+    Returns:
+        `to_module`.
+
+    >>> import tritonparam as tp
+    >>> layer = transfer_parametrizations_and_params(tp.skew(nn.Linear(3, 3)), nn.Linear(3, 3))
+    >>> torch.equal(layer.weight, -layer.weight.T)
+    True
+    """
+    torch_parametrize.transfer_parametrizations_and_params(from_module, to_module, tensor_name)
+    theirs, ours = lists(from_module), lists(to_module)
+    for name in theirs if tensor_name is None else [tensor_name]:
+        if type(theirs.get(name)) is FusedParametrizationList:
+            fuse_list(ours[name])
+            inject(to_module)
+    return to_module

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @contextmanager
@@ -47,10 +48,20 @@ def stand_in(x: Tensor) -> Tensor:
     return nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy
 
 
+def fits(x: Tensor, new: Tensor) -> bool:
+    """Whether new's values can be written into x."""
+    return x.shape == new.shape and x.dtype == new.dtype and _wrapper(x) is _wrapper(new)
+
+
+def _wrapper(x: Tensor) -> type | None:
+    """The class of a tensor that holds others, into which no plain one can be copied."""
+    return type(x) if is_traceable_wrapper_subclass(x) else None
+
+
 @torch.no_grad()
 def write(x: Tensor, new: Tensor) -> None:
-    """x := new, keeping storage, identity and gradient accumulator where shape and dtype allow."""
-    if new.shape == x.shape and new.dtype == x.dtype:
+    """x := new, keeping storage, identity and gradient accumulator where they can be kept."""
+    if fits(x, new):
         x.copy_(new)
     else:
         torch_parametrize._maybe_set(x, new)

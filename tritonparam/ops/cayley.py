@@ -177,13 +177,13 @@ def is_few(x: Tensor) -> bool:
 
 
 def _rotation(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Q and S = 2I + A, with Qᵀ = S⁻¹ Sᵀ by columns as LAPACK makes it.
+    # Q and S = 2I + A, with Q Sᵀ = S: by rows, so that the weight is no view.
     n, k = x.shape
     lower = x.tril(-1)
     if k < n:
         lower = torch.constant_pad_nd(lower, (0, n - k))
     s = (lower - lower.mT).fill_diagonal_(2)
-    return torch.linalg.solve_ex(s, s.mT)[0].mT, s
+    return torch.linalg.solve_ex(s.mT, s, left=False)[0], s
 
 
 def _few_fwd(x: Tensor) -> tuple[Tensor, Saved]:
