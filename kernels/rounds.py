@@ -232,7 +232,7 @@ def candidates(n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config
     precision = product_config(n, dtype, backend).precision
     return [
         Config(block, block_k, precision, num_warps=8, programs=programs)
-        for programs in (128, 64)
+        for programs in (64, 128)
         for block, block_k in ((32, 32), (64, 16))
     ]
 
