@@ -69,12 +69,13 @@ def _product_kernel(
     c = None
     if c_ptr is not None:
         c = (c_ptr, c_stride_matrix, c_stride)
+    u, v, scale = None, None, None
     if u_ptr is not None:
-        u_ptr += matrix * u_stride
+        u = (u_ptr, u_stride)
     if v_ptr is not None:
-        v_ptr += matrix * v_stride
+        v = (v_ptr, v_stride)
     if scale_ptr is not None:
-        scale_ptr += matrix * scale_stride
+        scale = (scale_ptr, scale_stride)
     product_tile(
         matrix,
         tl.program_id(0) % n_tiles,
@@ -82,9 +83,9 @@ def _product_kernel(
         b,
         c,
         out_ptr,
-        u_ptr,
-        v_ptr,
-        scale_ptr,
+        u,
+        v,
+        scale,
         rough,
         sums_ptr,
         (n_rows, n_cols, n_inner),

@@ -131,7 +131,7 @@ def _rounds_kernel(
                         rough = tl.where(turn < STEPS[step + 15], tl.load(rough_ptr + matrix), 0)
                     scale = None
                     if STEPS[step + 14] >= 0:
-                        scale = scale_ptr + (matrix * scale_stride + STEPS[step + 14] + turn)
+                        scale = (scale_ptr + (STEPS[step + 14] + turn), scale_stride)
                     product_tile(
                         matrix,
                         unit % tiles,

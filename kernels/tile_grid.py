@@ -104,9 +104,9 @@ def product_tile(
     b,
     c,
     out_ptr,
-    u_ptr,
-    v_ptr,
-    scale_ptr,
+    u,
+    v,
+    scale,
     rough,
     sums_ptr,
     sizes,
@@ -125,14 +125,14 @@ def product_tile(
 ):
     """One tile, or pair of tiles, of one matrix of `gemm.product`: computed, and stored.
 
-    a, b and c are pointers, each with the stride of matrices and that of rows or columns.
+    a, b and c are pointers, each with the stride of matrices and that of rows or columns; u, v and
+    scale those with the stride of matrices alone. With sums there is a program for each tile.
     """
     a_ptr, a_stride_matrix, a_stride = a
     b_ptr, b_stride_matrix, b_stride = b
     n_rows, n_cols, n_inner = sizes
     n_row_tiles = tl.cdiv(n_rows, BLOCK)
     n_col_tiles = tl.cdiv(n_cols, BLOCK)
-    n_tiles = tiles_of(n_rows, n_cols, FORM, BLOCK)
     if FORM == "full":
         # GROUP rows of tiles at a time, column after column: their operands stay in L2.
         group = index // (GROUP * n_col_tiles)
@@ -159,21 +159,24 @@ def product_tile(
         col = col0 + tl.arange(0, BLOCK)[None, :]
         mask = (row < n_rows) & (col < n_cols)
         z *= ALPHA
-        if u_ptr is not None:
-            u = tl.load(u_ptr + col, mask=col < n_cols, other=0.0)
-            z *= u.to(ACC)
+        if u is not None:
+            u_ptr, u_stride = u
+            factor = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
+            z *= factor.to(ACC)
         rest = tl.where(row == col, 1.0, 0.0).to(ACC) * GAMMA
         if c is not None:
             c_ptr, c_stride_matrix, c_stride = c
             c_ptrs = tile_pointers(c_ptr, c_stride, row0, col0, BLOCK, BLOCK, TRANS_C)
             add = tl.load(c_ptrs + matrix * c_stride_matrix, mask=mask, other=0.0)
             rest += add.to(ACC) * BETA
-        if v_ptr is not None:
-            v = tl.load(v_ptr + col, mask=col < n_cols, other=0.0)
-            rest *= v.to(ACC)
+        if v is not None:
+            v_ptr, v_stride = v
+            factor = tl.load(v_ptr + matrix * v_stride + col, mask=col < n_cols, other=0.0)
+            rest *= factor.to(ACC)
         z += rest
-        if scale_ptr is not None:
-            z *= tl.load(scale_ptr)
+        if scale is not None:
+            scale_ptr, scale_stride = scale
+            z *= tl.load(scale_ptr + matrix * scale_stride)
     mirror = z
     if FORM == "symmetric":
         mirror = tl.trans(z)
@@ -200,4 +203,4 @@ def product_tile(
         store_pair(out_ptr, z, mirror, i, j, n_cols, BLOCK)
     if sums_ptr is not None:
         times = 1.0 if FORM == "full" else tl.where(i < j, 2.0, 1.0)
-        store_sums(sums_ptr + (matrix * n_tiles + index) * 2, z, row == col, mask, times)
+        store_sums(sums_ptr + tl.program_id(0).to(tl.int64) * 2, z, row == col, mask, times)
