@@ -11,8 +11,9 @@ from benchmarks import rounds, rows
 from benchmarks.cases import BOTH, PHASES, Timed
 from benchmarks.clock import PRODUCTS_FROM, Clock
 from benchmarks.passes import SLOW, Pass, Samples, Timer
-from benchmarks.rows import Row
+from benchmarks.rows import ONE_LAUNCH, Row
 from benchmarks.weights import EXACT, ONCE, Weights
+from tritonparam import configs
 
 Columns = dict[str, list[Samples]]  # of each contender, a turn a round
 Found = dict[str, dict[str, Row]]  # of each phase and contender, what is known beside the times
@@ -42,6 +43,14 @@ def forward_backward(
     yield _none(weights, BOTH) + _rows(weights, columns, found)
     if timed.graph:
         timers, how = _replays(weights, passes)
+        if one := weights.one_launch():
+            of_one = weights.gate_of_one_launch(one)
+            errors |= {name: rows.errors(found) for name, found in of_one.items()}
+            with configs.trying(one):
+                replayed = Pass(passes["kernel"].reader, weights.gs, returned=True)
+                timer, how[ONE_LAUNCH] = replayed.replays(weights.clock)
+            if how[ONE_LAUNCH].startswith("graph replay"):  # else it takes the default's numbers
+                timers[ONE_LAUNCH] = timer
         columns = _columns(weights, timers, rounds.plainly)
         found = {phase: {name: {"timed": how[name]} for name in columns} for phase in PHASES}
         for name in columns:

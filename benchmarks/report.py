@@ -11,7 +11,7 @@ from benchmarks import goals, plots
 from benchmarks.accuracy import summary
 from benchmarks.cases import BACKWARD, BOTH, FORWARD
 from benchmarks.peers import PEERS
-from benchmarks.rows import Row
+from benchmarks.rows import ONE_LAUNCH, Row
 from tests.cases import CASES
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +182,7 @@ def _host_and_device(row: Row) -> str:
 def _more(rows: list[Row]) -> list[str]:
     """What is known beside: of the phases, of peers, of memory, of host and device apart."""
     parted, rows = _parted(rows), [row for row in rows if not _part(row)]
+    either = {_label(row) for row in rows if row["contender"] == ONE_LAUNCH}
     return [
         *_folded(
             "Forward / backward: ms of each alone",
@@ -189,6 +190,13 @@ def _more(rows: list[Row]) -> list[str]:
             parted,
             ALL,
             _forward_and_backward,
+        ),
+        *_folded(
+            "Rounds of products, a launch for each or all in one: ms",
+            "chain, shape",
+            [row for row in rows if _label(row) in either],
+            ("kernel", ONE_LAUNCH),
+            lambda row: _milliseconds(row["median_us"]),
         ),
         *_folded(
             "Peers: ms, how much faster ours is, the weight's distance from its constraint, or its "

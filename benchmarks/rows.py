@@ -11,6 +11,7 @@ from benchmarks.cases import Timed
 
 Row = dict[str, Any]
 OURS = ("closed", "kernel")
+ONE_LAUNCH = "kernel, one launch"  # of all rounds of products, where the default launches each
 
 
 def percentiles(seconds: list[float], of: str = "") -> Row:

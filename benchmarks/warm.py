@@ -53,6 +53,8 @@ def run(timed: Timed, clock: Clock) -> None:
     if sum(torchs_bytes(timed.name, shape) for shape in timed.shapes) < LARGE:
         weights.train()
         weights.passes()
+        if timed.graph and (one := weights.one_launch()):
+            weights.gate_of_one_launch(one)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from benchmarks.cases import BOTH, NORMS, Timed, compiles, least, torchs_bytes, 
 from benchmarks.clock import Clock
 from benchmarks.passes import SLOW, Pass, Reader, Samples
 from benchmarks.peers import Peer, constraint_error, peers
+from benchmarks.rows import ONE_LAUNCH
 from tests.cases import composed, error, fused
+from tritonparam import configs, info, tables, trials
 
 # Seconds: a baseline or a peer that takes longer is timed once.
 ONCE = {"cpu": float("inf"), "cuda": 1.0}
@@ -82,6 +85,29 @@ class Weights:
                 before = found.get(name, (0.0, 0.0))
                 found[name] = (max(before[0], errors[0]), max(before[1], errors[1]))
         return found
+
+    def one_launch(self) -> tables.Row | None:
+        """What has the kernels of one weight carry out their rounds in one launch, if any have.
+
+        Their tiles are those of the default, which launches every product.
+        """
+        x, chain = self.originals[0], self.timed.name
+        n, target = x.size(-1), info.present() or ("sm_90",)
+        if "kernel" not in self.paths() or not trials.kernel_file(chain, n, x.dtype):
+            return None
+        config: dict[str, dict[str, Any]] = {}
+        for trial in trials.candidates(trials.Problem(chain, n, x.dtype, target[0])):
+            for phase, numbers in trial.config.items():
+                if "programs" in numbers and "block" not in numbers:
+                    config.setdefault(phase, numbers)
+        row = {"device": configs.device_name(x.device), "dtype": "float32", "chain": chain, "n": n}
+        row |= {"batch": configs.batch(n, x.numel()), "path": "kernel", "config": config}
+        return row if config else None
+
+    def gate_of_one_launch(self, row: tables.Row) -> dict[str, tuple[float, float]]:
+        """The errors of `gate`, of the kernel as a row says."""
+        with configs.trying(row):
+            return {ONE_LAUNCH: gate(self.modules[0], self.gs[0], ["kernel"])["kernel"]}
 
     def train(self) -> None:
         """Put all into training mode, as what is timed."""

@@ -11,5 +11,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 def cannot_compile(error: BaseException) -> bool:
     """Whether Triton says with an error that a kernel does not compile, or not fit, here."""
     compilers = isinstance(error, (CompilationError, OutOfResources, PTXASError))
-    # MLIR's own passes fail with a bare RuntimeError
-    return compilers or (type(error) is RuntimeError and "PassManager::run failed" in str(error))
+    # MLIR's own passes fail with a bare RuntimeError, and the driver where not all programs of a
+    # cooperative launch fit at once.
+    known = ("PassManager::run failed", "cooperative launch")
+    return compilers or (type(error) is RuntimeError and any(x in str(error) for x in known))

@@ -236,7 +236,9 @@ def cayley_bwd(
     return dw
 
 
-N_LAUNCHES = (1, 1)  # of `cayley_fwd` and `cayley_bwd`
+def n_launches(config: FwdConfig) -> tuple[int, int]:
+    """Of `cayley_fwd` with this configuration, and of `cayley_bwd`."""
+    return 1, 1
 
 
 def _fwd_options(config: FwdConfig, dtype: torch.dtype) -> dict:

@@ -18,13 +18,33 @@ from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, compute_dtype, flatten, launch
 from tritonparam.kernels.mirror import launches as square_launches
 from tritonparam.kernels.mirror import skew_square, symmetric_square
+from tritonparam.kernels.rounds import Step, rounds
+from tritonparam.kernels.rounds import candidates as round_candidates
+from tritonparam.kernels.rounds import launches as round_launches
+from tritonparam.kernels.rounds import n_launches as n_round_launches
 from tritonparam.kernels.tile import exponent, growth_of, power_of_two
 
 # Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
 ROUNDS = 12
 
-# Columns of the schedule. From SERIES on stand the scales of the commutators.
-SIGMA, POLYNOMIAL, LAST_POLYNOMIAL, HALF_POLYNOMIAL, GRADIENT, GROWTH, SERIES = 0, 1, 2, 3, 4, 5, 9
+# Columns of the schedule. From GROWTH on stands what the matrices are multiplied with before each
+# round and after the last, from SERIES on the scales of the commutators.
+SIGMA, POLYNOMIAL, LAST_POLYNOMIAL, HALF_POLYNOMIAL, GRADIENT, GROWTH = range(6)
+SERIES = GROWTH + ROUNDS + 1
+
+# Y <- Y^2 of every round; of its gradient, from the right, M <- M Z^T + Z^T M and Z <- Z^2. What
+# symmetric matrices have in a round is scaled by the growth before it, or for squares after it.
+Z, Z_NEXT, M, M_NEXT, X = (0, 1), (1, 0), (2, 3), (3, 2), (4, 4)
+SQUARE = {-1: Step(Z, Z, Z_NEXT), 1: Step(Z, Z, Z_NEXT, form="symmetric", column=GROWTH + 1)}
+_FORTH = {sign: step._replace(turns=ROUNDS - 1, waits=False) for sign, step in SQUARE.items()}
+BACK = {
+    -1: (
+        Step(M, Z, X, trans_b=True),
+        _FORTH[-1],
+        Step(Z, M, M_NEXT, X, trans_a=True, beta=1.0),
+    ),
+    1: (Step(M, Z, M_NEXT, form="sum", column=GROWTH), _FORTH[1]),
+}
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_columns"])
@@ -74,11 +94,11 @@ def _schedule_kernel(
         growth = growth_of(tl.load(mu_ptr + matrix), last)
         tl.store(schedule_ptr + 2, fourth * tl.where(s == last, growth, 1.0))
         tl.store(schedule_ptr + 4, 2.0 * sigma)
-        for q in tl.static_range(4):
-            tl.store(schedule_ptr + 5 + q, tl.where(last == q, growth, 1.0))
+        for turn in range(ROUNDS + 1):
+            tl.store(schedule_ptr + 5 + turn, tl.where(turn == ROUNDS - last, growth, 1.0))
     for k in tl.static_range(len(ODD) - 1):
         ratio = tl.full([], ODD[k + 1] / ODD[k], ACC)
-        tl.store(schedule_ptr + 9 + k, sigma * sigma * 0.25 * ratio)
+        tl.store(schedule_ptr + 6 + ROUNDS + k, sigma * sigma * 0.25 * ratio)
 
 
 @triton.jit(do_not_specialize=["n_matrices", "n_entries", "n_cols", "n_columns"])
@@ -88,6 +108,7 @@ def _blocks_kernel(
     k_ptr,
     schedule_ptr,
     out_ptr,
+    arrived_ptr,
     n_matrices,
     n_entries,
     n_cols,
@@ -103,6 +124,8 @@ def _blocks_kernel(
     EVEN[2j] I + ODD[2j] A + EVEN[2j + 1] B + ODD[2j + 1] A B; all but the last are divided by
     the fourth power of the factor, with which each step of Horner's scheme is multiplied.
     """
+    if tl.program_id(0) == 0:
+        tl.store(arrived_ptr, 0)
     matrix = (tl.program_id(0) // tl.cdiv(n_entries, BLOCK)).to(tl.int64)
     entry = tl.program_id(0) % tl.cdiv(n_entries, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     mask = entry < n_entries
@@ -159,14 +182,11 @@ def expm_fwd(
         return torch.empty(w.shape, dtype=compute_dtype(w.dtype), device=w.device), ()
     saved = prepare(w, sign, config)
     first, schedule = saved[:2]
-    form = _form(sign, "full")
-    y = _polynomial(saved, sign, config, half=False)
-    ys = [y, y.clone()]
-    for turn in range(ROUNDS):
-        growth = _growth(schedule, ROUNDS - 1 - turn, sign)
-        y, out = ys[turn % 2], ys[(turn + 1) % 2]
-        product(y, y, config, out=out, scale=growth, form=form, first=first, turn=turn)
-    return ys[ROUNDS % 2].view(w.shape), saved
+    y, arrived = _polynomial(saved, sign, config, half=False)
+    counted = {"first": first, "arrived": arrived, "scales": schedule}
+    buffers = (y, y.clone())
+    rounds((SQUARE[sign],), ROUNDS, buffers, config, **counted)
+    return buffers[ROUNDS % 2].view(w.shape), saved
 
 
 def expm_bwd(
@@ -183,29 +203,18 @@ def expm_bwd(
     if g.numel() == 0:
         return torch.empty(g.shape, dtype=g.dtype, device=g.device)
     first, schedule, a, _, _, _ = saved
-    form = _form(sign, "full")
-    z = _polynomial(saved, sign, config, half=True)
+    z, _ = _polynomial(saved, sign, config, half=True)
     m = product(flatten(g, 2), z.mT, config)
     if sign == -1:
         m = product(z.mT, m, config)
     else:
-        m = product(z, m, config, alpha=0.5, scale=_growth(schedule, 0, sign), form="sum")
-    z = _polynomial(saved, sign, config, half=False)  # Z_h: more exact than the square of Z_(h/2)
-    zs, ms, x = [z, z.clone()], [m, m.clone()], torch.empty_like(m)
-    for turn in range(ROUNDS):
-        active = {"first": first, "turn": turn}
-        z, z_out = zs[turn % 2], zs[(turn + 1) % 2]
-        m, m_out = ms[turn % 2], ms[(turn + 1) % 2]
-        if sign == -1:
-            product(m, z.mT, config, out=x, **active)
-            product(z.mT, m, config, out=m_out, c=x, **active)
-        else:
-            growth = _growth(schedule, ROUNDS - turn, sign)
-            product(m, z, config, out=m_out, scale=growth, form="sum", **active)
-        if turn < ROUNDS - 1:
-            growth = _growth(schedule, ROUNDS - 1 - turn, sign)
-            product(z, z, config, out=z_out, scale=growth, form=form, **active)
-    m = ms[ROUNDS % 2]
+        m = product(z, m, config, alpha=0.5, scale=schedule[:, GROWTH + ROUNDS], form="sum")
+    # Z_h: more exact than the square of Z_(h/2)
+    z, arrived = _polynomial(saved, sign, config, half=False)
+    counted = {"first": first, "arrived": arrived, "scales": schedule}
+    buffers = (z, z.clone(), m, m.clone(), torch.empty_like(m))
+    rounds(BACK[sign], ROUNDS, buffers, config, **counted)
+    m = buffers[M[ROUNDS % 2]]
     t = m - m.mT if sign == -1 else m
     p = t
     for i in reversed(range(schedule.size(1) - SERIES)):
@@ -218,29 +227,25 @@ def expm_bwd(
     return p.view(g.shape)
 
 
-def n_launches(sign: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Of `expm_fwd` and `expm_bwd`, in the compute dtype."""
+def n_launches(sign: int, dtype: torch.dtype, fwd: Config, bwd: Config) -> tuple[int, int]:
+    """Of `expm_fwd` and `expm_bwd`, in the compute dtype, with these configurations."""
     even, odd = EVEN_ODD[sign, dtype]
     prepared = 4  # A with A^2, A^4, A^3, the schedule
     polynomial = len(even) // 2  # the blocks, and Horner's products
     series = 2 * (len(odd) - 1)
-    rounds = (2 if sign == -1 else 1) * ROUNDS + ROUNDS - 1
-    return prepared + polynomial + ROUNDS, 2 * polynomial + 2 + rounds + series
+    forward = n_round_launches((SQUARE[sign],), ROUNDS, fwd)
+    backward = n_round_launches(BACK[sign], ROUNDS, bwd)
+    return prepared + polynomial + forward, 2 * polynomial + 2 + backward + series
 
 
 def _form(sign: int, of_skew: str, of_symmetric: str = "symmetric") -> str:
     return of_skew if sign == -1 else of_symmetric
 
 
-def _growth(schedule: torch.Tensor, left: int, sign: int) -> torch.Tensor | None:
-    """What multiplies the matrices that have so many squarings to go."""
-    return schedule[:, GROWTH + left] if sign == 1 and left <= 3 else None
-
-
 def _polynomial(
     saved: tuple[torch.Tensor, ...], sign: int, config: Config, *, half: bool
-) -> torch.Tensor:
-    """exp(A sigma), or of half of that."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(A sigma), or of half of that, and an int32 that is 0."""
     _, schedule, a, b, b2, k = saved
     n_matrices, n, _ = a.shape
     even, _ = EVEN_ODD[sign, a.dtype]
@@ -248,13 +253,14 @@ def _polynomial(
     grid = (n_matrices * triton.cdiv(n * n, _BLOCK),)
     sizes = (n_matrices, n * n, n, schedule.size(1))
     options = _blocks_options(sign, a.dtype, half)
-    launch(_blocks_kernel, grid, a, b, k, schedule, blocks, *sizes, **options)
+    arrived = torch.empty(1, dtype=torch.int32, device=a.device)
+    launch(_blocks_kernel, grid, a, b, k, schedule, blocks, arrived, *sizes, **options)
     y = blocks[-1]
     for j in reversed(range(len(even) // 2 - 1)):
         column = HALF_POLYNOMIAL if half else POLYNOMIAL if j else LAST_POLYNOMIAL
         scale = schedule[:, column]
         y = product(b2, y, config, c=blocks[j], scale=scale, form=_form(sign, "full"))
-    return y
+    return y, arrived
 
 
 _BLOCK = 1024  # entries of a program
@@ -278,7 +284,7 @@ def config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
 
 def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
     """Configurations to measure for the products of a phase, the default first."""
-    return product_candidates(n, dtype, backend)
+    return product_candidates(n, dtype, backend) + round_candidates(n, dtype, backend)
 
 
 def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
@@ -288,7 +294,10 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
         "fwd": [("full", "tnn"), (kind, "tnt")],
         "bwd": [("sum", "tnt"), ("difference", "tnt")],
     }
+    sign = -1 if kind == "skew" else 1
+    steps = (SQUARE[sign],) if phase == "fwd" else BACK[sign]
     rows = product_launches(config, compute_dtype(dtype), forms[phase])
+    rows += round_launches(f"{chain}_{phase}", steps, ROUNDS, config, compute_dtype(dtype))
     return rows + (square_launches(config, dtype, kind) if phase == "fwd" else [])
 
 
@@ -301,6 +310,10 @@ def shipped(backend: str) -> list[tuple]:
         options = _schedule_options(sign, dtype)
         rows.append((f"expm_schedule_{label}", _schedule_kernel, types, options))
         types = dict.fromkeys(("a_ptr", "b_ptr", "k_ptr", "schedule_ptr", "out_ptr"), acc)
+        types |= {"arrived_ptr": "*i32"}
         options = _blocks_options(sign, dtype, True)
         rows.append((f"expm_blocks_{label}", _blocks_kernel, types, options))
+    for config in round_candidates(128, torch.float32, backend)[:1]:
+        for sign, kind in ((-1, "skew"), (1, "symmetric")):
+            rows += round_launches(f"{kind}_exp_bwd", BACK[sign], ROUNDS, config, torch.float32)
     return rows

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tritonparam.kernels.launch import NAME, TRITON_DTYPE, launch
-from tritonparam.kernels.tile_grid import store_pair, store_sums, tile_pointers, tile_sum, triangle
+from tritonparam.kernels.tile_grid import product_tile, tiles_of
 
 FORMS = ("full", "symmetric", "skew", "sum", "difference", "symmetric_gradient", "skew_gradient")
 
@@ -57,87 +57,59 @@ def _product_kernel(
     One program for each tile, or for each pair of tiles (i, j), (j, i) where the form is not
     "full". ALPHA, BETA and GAMMA are constants, because numbers are passed in fp32.
     """
-    n_row_tiles = tl.cdiv(n_rows, BLOCK)
-    n_col_tiles = tl.cdiv(n_cols, BLOCK)
-    n_tiles = n_row_tiles * n_col_tiles
-    if FORM != "full":
-        n_tiles = n_row_tiles * (n_row_tiles + 1) // 2
+    n_tiles = tiles_of(n_rows, n_cols, FORM, BLOCK)
     matrix = (tl.program_id(0) // n_tiles).to(tl.int64)
-    index = tl.program_id(0) % n_tiles
     if first_ptr is not None and turn < tl.load(first_ptr + matrix):
         return
-    if FORM == "full":
-        # GROUP rows of tiles at a time, column after column: their operands stay in L2.
-        group = index // (GROUP * n_col_tiles)
-        height = tl.minimum(n_row_tiles - group * GROUP, GROUP)
-        within = index % (GROUP * n_col_tiles)
-        i = group * GROUP + within % height
-        j = within // height
-    else:
-        i, j = triangle(index)
-    a_ptr += matrix * a_stride_matrix
-    b_ptr += matrix * b_stride_matrix
-    HALVES: tl.constexpr = 1 if FORM == "full" or FORM == "symmetric" or FORM == "skew" else 2
-    z = tl.zeros([BLOCK, BLOCK], ACC)
-    for half in tl.static_range(HALVES):  # the tile (i, j), last; before it (j, i)
-        partner = z
-        row0 = (i if half == HALVES - 1 else j) * BLOCK
-        col0 = (j if half == HALVES - 1 else i) * BLOCK
-        tile = (a_ptr, b_ptr, a_stride, b_stride, row0, col0, n_rows, n_cols, n_inner)
-        if rough_ptr is None or tl.load(rough_ptr + matrix) == 0:
-            z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, PRECISION, ACC)
-        else:
-            z = tile_sum(*tile, TRANS_A, TRANS_B, BLOCK, BLOCK_K, "tf32", ACC)
-        row = row0 + tl.arange(0, BLOCK)[:, None]
-        col = col0 + tl.arange(0, BLOCK)[None, :]
-        mask = (row < n_rows) & (col < n_cols)
-        z *= ALPHA
-        if u_ptr is not None:
-            u = tl.load(u_ptr + matrix * u_stride + col, mask=col < n_cols, other=0.0)
-            z *= u.to(ACC)
-        rest = tl.where(row == col, 1.0, 0.0).to(ACC) * GAMMA
-        if c_ptr is not None:
-            c_ptrs = tile_pointers(c_ptr, c_stride, row0, col0, BLOCK, BLOCK, TRANS_C)
-            c = tl.load(c_ptrs + matrix * c_stride_matrix, mask=mask, other=0.0)
-            rest += c.to(ACC) * BETA
-        if v_ptr is not None:
-            v = tl.load(v_ptr + matrix * v_stride + col, mask=col < n_cols, other=0.0)
-            rest *= v.to(ACC)
-        z += rest
-        if scale_ptr is not None:
-            z *= tl.load(scale_ptr + matrix * scale_stride)
-    mirror = z
-    if FORM == "symmetric":
-        mirror = tl.trans(z)
-        z = tl.where(row > col, mirror, z)
-    if FORM == "skew":
-        mirror = -tl.trans(z)
-        z = tl.where(row > col, mirror, tl.where(row == col, 0.0, z))
-    if FORM == "difference" or FORM == "skew_gradient":
-        z -= tl.trans(partner)
-        mirror = -tl.trans(z)
-    if FORM == "sum":
-        z += tl.trans(partner)
-        mirror = tl.trans(z)
-    if FORM == "symmetric_gradient":
-        z = tl.where(row == col, z, z + tl.trans(partner))
-    if FORM == "symmetric_gradient" or FORM == "skew_gradient":
-        mirror = tl.zeros_like(z)
-        above = row <= col if FORM == "symmetric_gradient" else row < col
-        z = tl.where(above, z, 0.0)
-    out_ptr += matrix * n_rows * n_cols
-    if FORM == "full":
-        tl.store(out_ptr + (row * n_cols + col), z.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        store_pair(out_ptr, z, mirror, i, j, n_cols, BLOCK)
-    if sums_ptr is not None:
-        times = 1.0 if FORM == "full" else tl.where(i < j, 2.0, 1.0)
-        store_sums(sums_ptr + tl.program_id(0).to(tl.int64) * 2, z, row == col, mask, times)
+    rough = None
+    if rough_ptr is not None:
+        rough = tl.load(rough_ptr + matrix)
+    a = (a_ptr, a_stride_matrix, a_stride)
+    b = (b_ptr, b_stride_matrix, b_stride)
+    c = None
+    if c_ptr is not None:
+        c = (c_ptr, c_stride_matrix, c_stride)
+    u, v, scale = None, None, None
+    if u_ptr is not None:
+        u = (u_ptr, u_stride)
+    if v_ptr is not None:
+        v = (v_ptr, v_stride)
+    if scale_ptr is not None:
+        scale = (scale_ptr, scale_stride)
+    product_tile(
+        matrix,
+        tl.program_id(0) % n_tiles,
+        a,
+        b,
+        c,
+        out_ptr,
+        u,
+        v,
+        scale,
+        rough,
+        sums_ptr,
+        (n_rows, n_cols, n_inner),
+        ALPHA,
+        BETA,
+        GAMMA,
+        TRANS_A,
+        TRANS_B,
+        TRANS_C,
+        FORM,
+        BLOCK,
+        BLOCK_K,
+        GROUP,
+        PRECISION,
+        ACC,
+    )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch numbers of a product: tiles of block x block, sums in slices of block_k."""
+    """Launch numbers of a product: tiles of block x block, sums in slices of block_k.
+
+    With `programs` a map carries out all its rounds in one launch of at most so many (`rounds`).
+    """
 
     block: int
     block_k: int
@@ -145,6 +117,7 @@ class Config:
     num_warps: int
     num_stages: int = 3
     group: int = 8
+    programs: int = 0
 
 
 def product_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:

@@ -13,11 +13,23 @@ from tritonparam.kernels.gemm import launches as product_launches
 from tritonparam.kernels.launch import TRITON_DTYPE, compute_dtype, launch
 from tritonparam.kernels.mirror import launches as square_launches
 from tritonparam.kernels.mirror import skew_square
+from tritonparam.kernels.rounds import Step, rounds
+from tritonparam.kernels.rounds import candidates as round_candidates
+from tritonparam.kernels.rounds import launches as round_launches
+from tritonparam.kernels.rounds import n_launches as n_round_launches
 
 # Enough for norms of X up to 3500, less what `_start_kernel` loses by its bound, at most a factor
 # of (n / 2)^(1/4) and half of that for normal entries. Even, so that the result is in q.
 ROUNDS = 16
 ROUGH_UP_TO = 100.0  # the bound of ||X||^2 up to which TF32 products correct themselves
+
+# Y <- s (Y R + Y) and R <- (I - Y) + X Y of every round but the last, which has a product of its
+# own.
+Q, Y, R, X = range(4)
+STEPS = (
+    Step((Q, Y), (R, R), (Y, Q), (Q, Y), beta=1.0, column=0, rough=ROUNDS),
+    Step((X, X), (Y, Q), (R, R), (Y, Q), beta=-1.0, gamma=1.0, rough=ROUNDS - 3),
+)
 
 
 @triton.jit(do_not_specialize=["n_tiles"])
@@ -30,6 +42,7 @@ def _start_kernel(
     factor_ptr,
     first_ptr,
     rough_ptr,
+    arrived_ptr,
     n_cols,
     n_tiles,
     ROUNDS: tl.constexpr,
@@ -83,6 +96,7 @@ def _start_kernel(
     if block == 0:
         tl.store(first_ptr + matrix, first)
         tl.store(rough_ptr + matrix, tl.where(bound - 1.0 <= ROUGH_UP_TO, 1, 0))
+        tl.store(arrived_ptr + matrix, 0)
         a = c
         for turn in range(ROUNDS):
             m = a * (2.0 - a)
@@ -116,14 +130,18 @@ def bwd_config(n: int, dtype: torch.dtype, backend: str = "cuda") -> Config:
 
 def candidates(phase: str, n: int, dtype: torch.dtype, backend: str = "cuda") -> list[Config]:
     """Configurations to measure for the products of a phase, the default first."""
-    return product_candidates(n, dtype, backend)
+    found = product_candidates(n, dtype, backend)
+    return found + round_candidates(n, dtype, backend) if phase == "fwd" else found
 
 
 def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config) -> list[tuple]:
     """Products that a phase launches, for compiling ahead of time, as in `cayley.launches`."""
     forms = {"fwd": [("full", "nnn")], "bwd": [("full", "ntn"), ("skew_gradient", "tnt")]}
     rows = product_launches(config, compute_dtype(dtype), forms[phase])
-    return rows + (square_launches(config, dtype, "skew") if phase == "fwd" else [])
+    if phase == "bwd":
+        return rows
+    rows += round_launches("cayley", STEPS, ROUNDS - 1, config, compute_dtype(dtype))
+    return rows + square_launches(config, dtype, "skew")
 
 
 def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torch.Tensor:
@@ -149,23 +167,15 @@ def cayley_fwd(w: torch.Tensor, signature: torch.Tensor, config: Config) -> torc
     x, r = skew_square(w, config, alpha=-1.0, gamma=1.0, sums=sums)  # r is I - X^2
     q_flat, y = q.view_as(x), torch.empty_like(x)
     factor = x.new_empty(n_matrices, ROUNDS)
-    first, rough = torch.empty(2, n_matrices, dtype=torch.int32, device=x.device)
+    first, rough, arrived = torch.empty(3, n_matrices, dtype=torch.int32, device=x.device)
     options = _start_options(q.dtype)
     grid = (n_matrices * triton.cdiv(n * n, options["BLOCK"]),)
-    launch(
-        _start_kernel, grid, x, r, sums, q_flat, y, factor, first, rough, n, sums.size(1), **options
-    )
-    source, target = q_flat, y
-    for turn in range(ROUNDS - 1):
-        skip = {"first": first, "turn": turn}
-        scale = factor[:, turn]
-        product(source, r, config, c=source, scale=scale, rough=rough, out=target, **skip)
-        rough_residual = rough if turn < ROUNDS - 3 else None
-        rest = {"c": target, "beta": -1, "gamma": 1}
-        product(x, target, config, rough=rough_residual, out=r, **rest, **skip)
-        source, target = target, source
+    counts, sizes = (first, rough, arrived), (n, sums.size(1))
+    launch(_start_kernel, grid, x, r, sums, q_flat, y, factor, *counts, *sizes, **options)
+    counted = {"first": first, "arrived": arrived, "scales": factor, "rough": rough}
+    rounds(STEPS, ROUNDS - 1, (q_flat, y, r, x), config, **counted)
     last = {"alpha": 2, "beta": 2, "gamma": -1, "u": d, "v": d, "scale": factor[:, -1]}
-    product(source, r, config, c=source, out=target, **last)
+    product(y, r, config, c=y, out=q_flat, **last)
     return q
 
 
@@ -203,9 +213,10 @@ def cayley_bwd(
     return dw
 
 
-# Of `cayley_fwd`: X with I - X^2, the start, two products a round and one in the last. And of
-# `cayley_bwd`: two products.
-N_LAUNCHES = (2 + 2 * (ROUNDS - 1) + 1, 2)
+def n_launches(config: Config) -> tuple[int, int]:
+    """Of `cayley_fwd` with this configuration: X with I - X^2, the start, the rounds and the last
+    product; and of `cayley_bwd`: two products."""
+    return 3 + n_round_launches(STEPS, ROUNDS - 1, config), 2
 
 
 def _start_options(dtype: torch.dtype) -> dict:
@@ -222,6 +233,8 @@ def shipped(backend: str) -> list[tuple]:
     rows: list[tuple] = []
     for dtype, name in ((torch.float32, "fp32"), (torch.float64, "fp64")):
         types = {f"{x}_ptr": f"*{name}" for x in ("x", "h", "sums", "q", "y", "factor")}
-        types |= {"first_ptr": "*i32", "rough_ptr": "*i32"}
+        types |= dict.fromkeys(("first_ptr", "rough_ptr", "arrived_ptr"), "*i32")
         rows.append((f"newton_schulz_{name}", _start_kernel, types, _start_options(dtype)))
+    for config in round_candidates(128, torch.float32, backend)[:1]:
+        rows += round_launches("cayley", STEPS, ROUNDS - 1, config, torch.float32)
     return rows

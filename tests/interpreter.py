@@ -128,3 +128,73 @@ def compute_as_a_gpu(monkeypatch) -> bool:
     monkeypatch.setattr(builder, "create_fdiv", off)
     monkeypatch.setattr(builder, "create_dot", tensor_core)
     return True
+
+
+def at_once(monkeypatch) -> None:
+    """The programs of a launch run at once: after every atomic operation goes on who is drawn.
+
+    Skips the test where the interpreter is not as this knows it. Programs that wait for what does
+    not come are an error, not a test that does not end.
+    """
+    import itertools
+    import random
+    import threading
+
+    import pytest
+    from triton.runtime import interpreter
+
+    known = ("_implicit_cvt", "_patch_lang", "interpreter_builder", "InterpreterBuilder")
+    if not all(hasattr(interpreter, name) for name in known):
+        pytest.skip("Triton's interpreter is not as the tests know it")
+    builder, of = interpreter.interpreter_builder, interpreter.InterpreterBuilder
+    atomic = of.create_atomic_rmw
+    rng, draws, locks, errors = random.Random(0), itertools.count(), {}, []
+
+    def go_on() -> None:
+        if locks:
+            locks[rng.choice([*locks])].release()
+
+    def paused(self, *args):
+        found = atomic(self, *args)
+        me = self.grid_idx
+        go_on()
+        locks[me].acquire()
+        self.set_grid_idx(*me)
+        assert not errors, "another program failed"
+        assert next(draws) < 100_000, "programs wait for each other"
+        return found
+
+    def launch(self, *args, **kwargs):
+        kwargs = {name: x for name, x in kwargs.items() if name in self.arg_names}
+        bound = inspect.getcallargs(self.fn, *args, **kwargs)
+        bound = {
+            name: x if name in self.constexprs else interpreter._implicit_cvt(x)
+            for name, x in bound.items()
+        }
+        (n,) = self.grid
+        builder.set_grid_dim(n, 1, 1)
+
+        def program(me):
+            locks[me].acquire()
+            builder.set_grid_idx(*me)
+            try:
+                self.fn(**bound)
+            except Exception as error:
+                errors.append(error)
+            del locks[me]
+            go_on()
+
+        locks.update({(i, 0, 0): threading.Semaphore(0) for i in range(n)})
+        threads = [threading.Thread(target=program, args=(me,)) for me in locks]
+        scope = interpreter._patch_lang(self.fn)
+        for thread in threads:
+            thread.start()
+        go_on()
+        for thread in threads:
+            thread.join()
+        scope.restore()
+        if errors:
+            raise errors[0]
+
+    monkeypatch.setattr(of, "create_atomic_rmw", paused)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)

@@ -79,6 +79,8 @@ def test_every_configuration_is_compiled(rows):
         assert f"newton_schulz_{dtype}" in names
         for form in FORMS:
             assert any(name.startswith(f"product_{form}_") for name in names)
+    one_launch = {f"{name}_rounds_32_fp32" for name in ("cayley", *(f"{x}_exp_bwd" for x in KINDS))}
+    assert one_launch <= set(names) or rows[0]["target"].startswith("gfx")
 
 
 def test_nothing_spills(rows):

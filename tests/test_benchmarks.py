@@ -30,6 +30,7 @@ from benchmarks.cases import (
 )
 from benchmarks.clock import Clock
 from benchmarks.passes import Pass
+from benchmarks.rows import ONE_LAUNCH
 from tests.cases import CASES
 from tests.resumed import BEGAN
 from tests.stand_in_gpu import SMALL, stand_in
@@ -226,6 +227,9 @@ def test_a_row_that_takes_too_long_is_cut_off():
 
 TALL = small(next(timed for timed in CUDA if timed.name == "tall_cayley"))
 SQUARE = Timed("skew_exp", ((4, 4),), graph=True)
+# Stands for what rounds in one launch are timed with.
+ONE = {"device": "cpu", "dtype": "float32", "chain": "skew_exp", "n": 4, "batch": 1}
+ONE |= {"path": "kernel", "config": {"fwd": {"num_warps": 2}}}
 
 
 def both(timed, clock):
@@ -236,8 +240,27 @@ def graphs(table, phase=BOTH):
     return [row for row in table if row["phase"] == f"{phase}, graph"]
 
 
+def test_one_launch_has_the_tiles_of_the_default():
+    pytest.importorskip("triton")
+
+    def found(name, *shape):
+        ways = {"timed": Timed(name, (shape,)), "paths": lambda: ["closed", "kernel"]}
+        originals = [torch.empty(shape)]
+        return weights.Weights.one_launch(SimpleNamespace(originals=originals, **ways))
+
+    for name in ("cayley", "skew_exp", "symmetric_exp"):
+        row = found(name, 128, 128)
+        assert (row["chain"], row["n"], row["batch"], row["path"]) == (name, 128, 1, "kernel")
+        phases = ["fwd"] if name == "cayley" else ["fwd", "bwd"]
+        assert row["config"] == {x: {"num_warps": 8, "programs": 64} for x in phases}
+        assert found(name, 512, 512)["config"] == {x: {"programs": 64} for x in phases}
+        assert found(name, 64, 64) is found(name, 1024, 1024) is None
+    assert found("tall_cayley", 128, 64) is None
+
+
 def test_what_synchronizes_is_timed_eagerly(cuda, monkeypatch):
     cuda.synchronizes = True
+    monkeypatch.setattr(weights.Weights, "one_launch", lambda self: ONE)
     run = Pass.both
 
     def checked(self):
@@ -248,15 +271,19 @@ def test_what_synchronizes_is_timed_eagerly(cuda, monkeypatch):
     for phase in PHASES:
         found = {row["contender"]: row["timed"] for row in graphs(table, phase)}
         assert found["composed"] == found["compiled"] == "eager: it synchronizes"
-        assert found["closed"] == "graph replay"
+        assert found["closed"] == found[ONE_LAUNCH] == "graph replay"
     assert cuda.mode == "default"
+    assert graphs(table)[-1]["value_error"] < 1e-5
+    assert f"| chain, shape | kernel | {ONE_LAUNCH} |" in report._more(table)
 
 
-def test_what_cannot_be_captured_says_so(cuda):
+def test_what_cannot_be_captured_says_so(cuda, monkeypatch):
     cuda.captured = 0
+    monkeypatch.setattr(weights.Weights, "one_launch", lambda self: ONE)
     found = graphs(both(SQUARE, cuda.clock))
     reason = "it cannot be captured: operation not permitted when stream is capturing"
     assert {row["timed"] for row in found} == {f"eager: {reason}"}
+    assert ONE_LAUNCH not in {row["contender"] for row in found}
 
 
 def test_what_can_be_captured_only_as_a_whole_says_so(cuda):

@@ -14,6 +14,7 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations as theirs
 
 import tritonparam as tp
+from tritonparam import configs
 
 
 def chain(layer: nn.Module, *links: nn.Module, name: str = "weight") -> nn.Module:
@@ -190,6 +191,35 @@ def test_launches_are_those_of_the_launchers(name, monkeypatch):
         assert "launches" in text
         assert "{} + {}".format(*row.launches) in text
     assert tp.explain(layer)[0].launches is None
+
+
+@pytest.mark.parametrize("name", ["cayley", "skew_exp", "symmetric_exp"])
+def test_launches_of_a_tuned_configuration(name, monkeypatch):
+    """As above, of rounds in one launch."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted where there is a GPU")
+    count = [0]
+
+    def launch(self, *args, **kwargs):
+        count[0] += 1
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    before = tp.Symmetric() if name == "symmetric_exp" else tp.Skew()
+    after = tp.CayleyMap() if name == "cayley" else tp.MatrixExponential()
+    layer = chain(randn(70, 70), before, after)
+    row = {"device": configs.device_name(torch.device("cpu")), "dtype": "float32", "chain": name}
+    phases = {phase: {"programs": 3} for phase in ("fwd", "bwd")}
+    row |= {"n": 70, "batch": 1, "path": "kernel", "config": phases}
+    with tp.use_path("kernel"):
+        (usual,) = tp.explain(layer)
+        with configs.trying(row):
+            (tuned,) = tp.explain(layer)
+            weight = layer.weight
+            forward = count[0]
+            weight.sum().backward()
+    assert tuned.launches == (forward, count[0] - forward)
+    assert sum(tuned.launches) < sum(usual.launches) - 20
 
 
 def test_a_path_that_is_set(monkeypatch):

@@ -150,6 +150,7 @@ COMPILERS = [
     CompilationError("x = 1\ny = 2", type("Node", (), {"lineno": 2, "col_offset": 0})(), "no such"),
     PTXASError("ptxas fatal"),
     RuntimeError("PassManager::run failed"),
+    RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch"),
 ]
 PROGRAMMERS = [
     TypeError("wrong argument"),

@@ -28,6 +28,7 @@ FLOORS = {
     "kernels.paterson_stockmeyer": 0.2,
     "kernels.expm": 0.25,
     "kernels.mirror": 0.25,
+    "kernels.rounds": 0.25,
     "kernels.expm_gemm": 0.3,
     "kernels.horner": 0.2,
     "kernels.expm_scratch": 0.25,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -129,6 +130,26 @@ def test_what_is_compiled_is_discarded_for_a_reason():
         trials._too_much(much, "sm_90")
         == "it needs 307200 bytes of shared memory, sm_90 has 232448"
     )
+
+
+def test_what_cannot_be_launched_is_discarded(monkeypatch):
+    pytest.importorskip("triton")
+    error = RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+    weight = trials.Weight(cayley().parametrizations.weight, {}, "closed")
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(weight, "wrong", fail)
+    monkeypatch.setattr(weight, "_on", lambda trial: nullcontext())
+    reason = f"it cannot be launched: RuntimeError: {error}"
+    (found,) = weight.timed([Trial("kernel", {})], None)
+    assert (found.reason, found.microseconds) == (reason, None)
+    with pytest.raises(RuntimeError):
+        weight.timed([Trial("closed", {})], None)
+    error = ValueError("a mistake")
+    with pytest.raises(ValueError, match="a mistake"):
+        weight.timed([Trial("kernel", {})], None)
 
 
 def test_the_clock_of_the_host_measures():

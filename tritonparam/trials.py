@@ -163,7 +163,12 @@ class Weight(Reading):
 
     def _wrong(self, trial: Trial) -> str:
         with self._on(trial):
-            return self.wrong()
+            try:
+                return self.wrong()
+            except Exception as error:
+                if trial.path != "kernel" or not paths.kernels().cannot_compile(error):
+                    raise
+                return f"it cannot be launched: {first_line(error)}"
 
     def timed(self, trials: Sequence[Trial], clock: Clock) -> list[Trial]:
         """The trials with their times, and a reason where one computes something wrong.

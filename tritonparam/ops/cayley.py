@@ -38,8 +38,10 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
 
 def n_launches(w: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    kernels = paths.kernels(kernel_file(w.size(-1), w.dtype))
-    return kernels.N_LAUNCHES if w.numel() else (0, 0)
+    if not w.numel():
+        return 0, 0
+    kernels, config = _kernels("fwd", w, w.dtype)
+    return kernels.n_launches(config)
 
 
 def _closed_fwd(w: Tensor, d: Tensor) -> tuple[Tensor, Saved]:
@@ -98,16 +100,21 @@ def _closed_bwd_of_few(g: Tensor, m: Tensor, d: Tensor) -> tuple[Tensor]:
     return ((z - z.mT).triu_(1),)
 
 
-def _launched(phase: str, x: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
-    """What the launcher of a phase returns for `args`, on x's device and with its configuration.
+def _kernels(phase: str, x: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The file of kernels that takes x, and the configuration of a phase.
 
     `dtype` is that of the original: x is its value in the backward pass.
     """
     n = x.size(-1)
     kernels = paths.kernels(kernel_file(n, x.dtype))
     choice = ("cayley", phase, x, getattr(kernels, f"{phase}_config"))
+    return kernels, configs.launch(*choice, n, x.dtype, paths.backend(), dtype=dtype)
+
+
+def _launched(phase: str, x: Tensor, dtype: torch.dtype, *args: Any) -> Tensor:
+    """What the launcher of a phase returns for `args`, on x's device and with its configuration."""
     with torch.cuda.device_of(x):
-        config = configs.launch(*choice, n, x.dtype, paths.backend(), dtype=dtype)
+        kernels, config = _kernels(phase, x, dtype)
         return getattr(kernels, f"cayley_{phase}")(*args, config)
 
 

@@ -42,8 +42,11 @@ def kernel_file(n: int, dtype: torch.dtype) -> str:
 
 def n_launches(w: Tensor, kind: Kind) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
-    kernels = paths.kernels(kernel_file(w.size(-1), w.dtype))
-    return kernels.n_launches(_SIGN[kind], compute_dtype(w.dtype)) if w.numel() else (0, 0)
+    if not w.numel():
+        return 0, 0
+    kernels, sign, fwd = _kernels(w, kind, "fwd")
+    bwd = _kernels(w, kind, "bwd")[2]
+    return kernels.n_launches(sign, compute_dtype(w.dtype), fwd, bwd)
 
 
 def _kernels(w: Tensor, kind: Kind, phase: str) -> tuple[Any, int, Any]:
