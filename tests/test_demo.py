@@ -113,6 +113,7 @@ def test_spd_learns_the_same_distance_twice(tmp_path, capsys):
         (("gan", "--steps", "0"), "--steps must be at least 1, got 0."),
         (("spd", "--batch", "5000"), "--batch must be at most the 1437 training images, got 5000."),
         (("spd", "--output", "plot.pdf"), "--output must be the name of a .png file"),
+        (("spd", "--output", "/dev/full.png"), "--output must be"),
     ],
 )
 def test_the_other_demos_name_a_bad_option(arguments, why, tmp_path, monkeypatch):

@@ -62,6 +62,8 @@ def test_command(run, tmp_path, monkeypatch):
         (("--chain", "cayley", "--n", "3", "--device", "cuda:99"), "does not see 'cuda:99'"),
         (("--chain", "cayley", "--n", "3", "--target", "sm_90"), "--target goes with --static"),
         (("m:f", "--static"), "--static only compiles"),
+        (("m:f", "--n", "3"), "--n, --batch and --dtype go with --chain"),
+        (("m:f", "--dtype", "float64"), "a model has its own"),
         (("--chain", "cayley", "--n", "3", "--static", "--batch", "4"), "--static only compiles"),
         (("no_such_module:f",), "there is no module 'no_such_module'"),
     ],

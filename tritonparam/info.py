@@ -200,7 +200,7 @@ def _table_here() -> str:
     file = tables.users_file()
     if file is None:
         return "switched off: TRITONPARAM_CACHE_DIR is empty"
-    if not file.exists():
+    if not os.path.exists(file):
         return f"none of these versions in {file.parent}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
