@@ -57,7 +57,7 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        sys.stdout = None  # type: ignore[assignment]  # or Python tries it again as it ends
+        sys.stdout = None  # or Python tries it again as it ends
         sys.exit(f"tritonparam: what was to be written is not: {error.strerror}.")
 
 
@@ -234,7 +234,8 @@ def tune(
     except report.BadOption as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept; run it again to go on", file=sys.stderr)
+        if not static:
+            print("interrupted: what was measured is kept; run it again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         print(report.tunings_as_json(found))
