@@ -10,7 +10,7 @@ import torch
 import tritonparam as tp
 from tests.test_tuner import cayley, clock
 from tests.test_tuner import few_rounds as few_rounds
-from tritonparam import configs, tables, trials
+from tritonparam import configs, info, tables, trials
 
 
 @pytest.fixture
@@ -72,6 +72,13 @@ def test_command_refuses(run, arguments, why):
     result = run(*arguments)
     assert result.exit_code == 2
     assert why in " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_triton_nothing_is_compiled(run, monkeypatch):
+    monkeypatch.setattr(info, "find_spec", lambda _: None)
+    result = run("--static", "--chain", "cayley", "--n", "8")
+    assert result.exit_code == 2
+    assert "triton is not installed" in " ".join(result.output.split())
 
 
 def test_a_models_own_error_is_passed_on(run):

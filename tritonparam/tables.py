@@ -162,7 +162,7 @@ def read(file: Path) -> dict[Key, Row]:
         return {}
     try:
         return parse(file.read_text(), None if file == SHIPPED else versions())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(
             f"{file} is not used: {error}; what it spoke for takes the default.", stacklevel=2
         )
