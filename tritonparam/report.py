@@ -17,11 +17,8 @@ from torch import nn
 from tritonparam import info, registry, tables, trials, tuner
 from tritonparam.explain import Explanation, Row, explain
 from tritonparam.fuse import fuse
+from tritonparam.info import BadOption
 from tritonparam.tuner import Tuning
-
-
-class BadOption(ValueError):
-    """An argument is not what it must be; the message names it."""
 
 
 def rows(
