@@ -181,6 +181,7 @@ def test_the_model_is_not_changed(clock, monkeypatch):
     [
         ((), "takes either a model"),
         (("m:f", "--chain", "cayley"), "takes either a model"),
+        (("m:f", "--rows", "3"), "--n, --rows, --batch and --dtype go with --chain"),
         (("--chain", "cayley"), "--chain needs --n"),
         (("--chain", "cayley", "--n", "0"), "must be at least 1"),
         (("--chain", "weight_norm", "--n", "3", "--rows", "0"), "must be at least 1"),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tritonparam import cli
 from tritonparam.demos import commands, gan, pair, rnn, shown, spd
-from tritonparam.demos.options import Options
+from tritonparam.demos.options import BadOption, Options
 
 STEPS = 6
 SMALL = ["demo", "rnn", "--hidden", "16", "--steps", str(STEPS), "--batch", "32"]
@@ -121,6 +121,18 @@ def test_the_other_demos_name_a_bad_option(arguments, why, tmp_path, monkeypatch
     assert result.exit_code == 2
     assert why in " ".join(result.output.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_that_cannot_be_written(tmp_path):
+    from matplotlib.figure import Figure
+
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(BadOption, match=r"--output must be the name of a \.png file"):
+        Options(tmp_path / "folder.png", 1, 1, 0.1).place()
+    plot = object.__new__(shown.Plot)
+    plot._figure = Figure()
+    with pytest.raises(BadOption, match=r"a file that can be written \(Is a directory\)"):
+        plot.save(tmp_path / "folder.png")
 
 
 @pytest.mark.parametrize("orthogonal_map", list(rnn.MAPS))

@@ -35,6 +35,16 @@ def test_where_it_lies(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tables.users_file() == tmp_path / ".cache" / "tritonparam" / file.name
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", "~/tuned")
+    assert tables.users_file().parent == tmp_path / "tuned"
+
+
+def test_a_folder_that_cannot_be_looked_into_has_no_table(monkeypatch, tmp_path):
+    """As the home of another user, which a container may have."""
+    monkeypatch.setenv("TRITONPARAM_CACHE_DIR", str(tmp_path / ("long" * 100)))
+    assert tables.read(tables.users_file()) == {}
+    with pytest.raises(ValueError, match="cannot be written"):
+        tables.require_writable(tables.users_file())
 
 
 def test_another_source_has_another_file(folder, monkeypatch):

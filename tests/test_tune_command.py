@@ -10,7 +10,7 @@ import torch
 import tritonparam as tp
 from tests.test_tuner import cayley, clock
 from tests.test_tuner import few_rounds as few_rounds
-from tritonparam import configs, tables, trials
+from tritonparam import configs, info, tables, trials
 
 
 @pytest.fixture
@@ -62,6 +62,8 @@ def test_command(run, tmp_path, monkeypatch):
         (("--chain", "cayley", "--n", "3", "--device", "cuda:99"), "does not see 'cuda:99'"),
         (("--chain", "cayley", "--n", "3", "--target", "sm_90"), "--target goes with --static"),
         (("m:f", "--static"), "--static only compiles"),
+        (("m:f", "--n", "3"), "--n, --batch and --dtype go with --chain"),
+        (("m:f", "--dtype", "float64"), "a model has its own"),
         (("--chain", "cayley", "--n", "3", "--static", "--batch", "4"), "--static only compiles"),
         (("no_such_module:f",), "there is no module 'no_such_module'"),
     ],
@@ -70,6 +72,13 @@ def test_command_refuses(run, arguments, why):
     result = run(*arguments)
     assert result.exit_code == 2
     assert why in " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_triton_nothing_is_compiled(run, monkeypatch):
+    monkeypatch.setattr(info, "find_spec", lambda _: None)
+    result = run("--static", "--chain", "cayley", "--n", "8")
+    assert result.exit_code == 2
+    assert "triton is not installed" in " ".join(result.output.split())
 
 
 def test_a_models_own_error_is_passed_on(run):

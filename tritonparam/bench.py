@@ -133,6 +133,8 @@ def run(
         raise BadOption("bench takes either a model as module:callable, or --chain and --n.")
     if chains and (not sizes or min(*sizes, batch, 1 if rows is None else rows) < 1):
         raise BadOption("--chain needs --n, and --n, --rows and --batch must be at least 1.")
+    if target is not None and (sizes or rows is not None or batch != 1 or dtype != "float32"):
+        raise BadOption("--n, --rows, --batch and --dtype go with --chain; a model has its own.")
     if not 0 <= seconds < math.inf:
         raise BadOption(f"--seconds must be positive and finite, got {seconds!r}.")
     device = where(device)

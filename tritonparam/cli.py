@@ -5,6 +5,8 @@ What a command runs is imported inside it, so that help and bad options are answ
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -36,8 +38,27 @@ def main() -> None:
     """Run the command line; without typer, say in one sentence how to get it and exit with 1."""
     if typer is None:
         sys.exit("tritonparam: the command line needs typer; pip install 'tritonparam[demo]'")
+    from tritonparam import paths
+
+    try:
+        paths.override()
+    except ValueError as error:
+        print(f"tritonparam: {error}", file=sys.stderr)
+        sys.exit(2)
     warnings.formatwarning = _one_line
-    application()()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have × and →, which not all encodings do
+    try:
+        try:
+            application()()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.stdout = None  # or Python tries it again as it ends
+        sys.exit(f"tritonparam: what was to be written is not: {error.strerror}.")
 
 
 def _one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
@@ -213,7 +234,8 @@ def tune(
     except report.BadOption as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept; run it again to go on", file=sys.stderr)
+        if not static:
+            print("interrupted: what was measured is kept; run it again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
     if as_json:
         print(report.tunings_as_json(found))

@@ -77,15 +77,12 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
     `regs` and `stack` (bytes) are per thread, `shared` (bytes) per program; on gfx942 these are
     vector registers, scratch and LDS. Progress is shown on stderr.
     """
-    if find_spec("triton") is None:
-        raise Unavailable("triton is not installed, so that there are no kernels to compile.")
+    aot = _compiler()
     try:
         from rich.console import Console
         from rich.progress import track
     except ModuleNotFoundError as error:
         raise Unavailable(f"info needs rich ({error}); pip install 'tritonparam[demo]'") from None
-    from tritonparam.kernels import aot
-
     names = list(dict.fromkeys(targets or present() or aot.TARGETS))
     require_targets(names)
     tasks = [(target, i) for target in names for i in range(len(aot.shipped(target)))]
@@ -107,13 +104,19 @@ def compiled(targets: Sequence[str] | None = None) -> list[Row]:
 
 def require_targets(names: Iterable[str]) -> None:
     """Raise BadOption where one is not a GPU that is compiled for, before anything is."""
-    from tritonparam.kernels import aot
-
+    aot = _compiler()
     for name in names:
         try:
             aot.require_target(name)
         except ValueError as error:
             raise BadOption(f"--{str(error).removeprefix('aot: ')}.") from None
+
+
+def _compiler() -> Any:
+    """``tritonparam.kernels.aot``, or Unavailable raised."""
+    if find_spec("triton") is None:
+        raise Unavailable("triton is not installed, so that there are no kernels to compile.")
+    return paths.kernels("aot")
 
 
 def compilers() -> Executor:
@@ -200,7 +203,7 @@ def _table_here() -> str:
     file = tables.users_file()
     if file is None:
         return "switched off: TRITONPARAM_CACHE_DIR is empty"
-    if not file.exists():
+    if not os.path.exists(file):
         return f"none of these versions in {file.parent}"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -21,14 +21,15 @@ _HAS_TRITON = find_spec("triton") is not None
 _counts = dict.fromkeys(PATHS, 0)
 
 
-def _check_path(who: str, path: str | None) -> str | None:
-    if path is not None and path not in PATHS:
+def _check_path(who: str, path: str) -> str:
+    if path not in PATHS:
         raise ValueError(f"{who}: the path must be one of {', '.join(PATHS)}, got {path!r}.")
     return path
 
 
-# A plain global: a ContextVar does not trace under torch.compile(fullgraph=True).
-_override = _check_path("TRITONPARAM_PATH", os.environ.get("TRITONPARAM_PATH") or None)
+# A plain global: a ContextVar does not trace under torch.compile(fullgraph=True). What the variable
+# holds is checked by ``override``, and not here, where the command line could not say it.
+_override = os.environ.get("TRITONPARAM_PATH") or None
 
 
 @contextmanager
@@ -56,8 +57,8 @@ def use_path(path: str) -> Iterator[None]:
 
 
 def override() -> str | None:
-    """The path that every fused chain is set to, or None."""
-    return _override
+    """The path that every fused chain is set to, or None; ValueError where it is none of PATHS."""
+    return _override if _override is None else _check_path("TRITONPARAM_PATH", _override)
 
 
 def measured(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> str:

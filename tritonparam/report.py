@@ -17,11 +17,8 @@ from torch import nn
 from tritonparam import info, registry, tables, trials, tuner
 from tritonparam.explain import Explanation, Row, explain
 from tritonparam.fuse import fuse
+from tritonparam.info import BadOption
 from tritonparam.tuner import Tuning
-
-
-class BadOption(ValueError):
-    """An argument is not what it must be; the message names it."""
 
 
 def rows(
@@ -135,6 +132,8 @@ def tunings(
         raise BadOption("tune takes either a model as module:callable, or --chain and --n.")
     if chains and (not sizes or min(sizes) < 1 or batch < 1):
         raise BadOption("--chain needs --n, and both --n and --batch must be at least 1.")
+    if target is not None and (sizes or batch != 1 or dtype != "float32"):
+        raise BadOption("--n, --batch and --dtype go with --chain; a model has its own.")
     if static and (target is not None or ship or again or device is not None or batch != 1):
         raise BadOption("--static only compiles: it goes with --chain, --n, --dtype and --target.")
     if gpus and not static:

@@ -119,7 +119,7 @@ def cache() -> Finding:
     file = tables.users_file()
     if file is None:
         return SKIPPED, "TRITONPARAM_CACHE_DIR is empty, so that there is no table of the user's"
-    folder = next(f for f in (file.parent, *file.parent.parents) if f.exists())
+    folder = next(f for f in (file.parent, *file.parent.parents) if os.path.exists(f))
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -128,7 +128,7 @@ def cache() -> Finding:
             f"{file.parent} cannot be written ({error.strerror}), so that `tune` would fail: "
             "change its permissions, or set TRITONPARAM_CACHE_DIR to a folder of yours"
         )
-    if not file.exists():
+    if not os.path.exists(file):
         others = len(list(file.parent.glob("tuned-*.json")))
         text = f"no table yet in {file.parent}; `python -m tritonparam tune` makes one"
         return OK, text + (f" ({others} of other versions are not used)" if others else "")

@@ -146,21 +146,23 @@ def users_file() -> Path | None:
     if folder == "":
         return None
     if folder is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = os.path.join(caches, "tritonparam")
-    return Path(folder) / f"tuned-{'-'.join(k + v for k, v in sorted(versions().items()))}.json"
+        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tritonparam")
+    return (
+        Path(os.path.expanduser(folder))
+        / f"tuned-{'-'.join(k + v for k, v in sorted(versions().items()))}.json"
+    )
 
 
 def read(file: Path) -> dict[Key, Row]:
     """The table in a file; a warning, and an empty one, where it is not one.
 
-    That the user has none is no reason to warn.
+    That the user has none, or a home that is somebody else's, is no reason to warn.
     """
-    if file != SHIPPED and not file.exists():
+    if file != SHIPPED and not os.path.exists(file):
         return {}
     try:
         return parse(file.read_text(), None if file == SHIPPED else versions())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warnings.warn(
             f"{file} is not used: {error}; what it spoke for takes the default.", stacklevel=2
         )

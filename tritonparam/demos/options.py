@@ -51,7 +51,8 @@ class Options:
         require(self.threads >= 1, "threads", "at least 1", self.threads)
         require(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1", self.seed)
         folder, is_png = self.output.parent, self.output.suffix.lower() == ".png"
-        require(is_png, "output", "the name of a .png file", str(self.output))
+        is_file = is_png and not self.output.is_dir()
+        require(is_file, "output", "the name of a .png file", str(self.output))
         writable = folder.is_dir() and os.access(folder, os.W_OK)
         require(writable, "output", "in a folder that exists and can be written", str(self.output))
         return _device(self.device)

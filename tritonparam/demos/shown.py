@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tritonparam.demos.options import Options, missing
+from tritonparam.demos.options import BadOption, Options, missing
 from tritonparam.demos.pair import History, Run
 
 Columns = dict[str, Callable[[Run], str]]
@@ -169,5 +169,9 @@ class Plot:
 
     def save(self, path: Path) -> None:
         """Write the PNG, and say where it is."""
-        self._figure.savefig(path, dpi=120)
+        try:
+            self._figure.savefig(path, dpi=120)
+        except OSError as error:
+            wanted = f"a file that can be written ({error.strerror})"
+            raise BadOption(f"--output must be {wanted}, got {str(path)!r}.") from None
         print(f"The plot is in {path}.")
