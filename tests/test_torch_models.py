@@ -107,7 +107,8 @@ def test_the_state_and_what_is_assigned_are_torchs_bits(orthogonal_map, use_triv
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley"])
 @pytest.mark.parametrize(
-    ("use_trivialization", "dtype"), [(True, torch.float32), (False, torch.bfloat16)]
+    ("use_trivialization", "dtype"),
+    [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)],
 )
 def test_square_weights_have_kernels(orthogonal_map, use_trivialization, dtype, device):
     for shape in ((1, 1), (2, 5, 5)):

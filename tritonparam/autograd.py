@@ -241,9 +241,14 @@ def laid_out(saved: Saved, by_columns: bool = False) -> Saved:
     if not torch.is_grad_enabled():
         return saved
 
+    def layout(g: Tensor | None) -> Tensor | None:
+        if g is None:  # undefined: zero
+            return None
+        return g.mT.contiguous().mT if by_columns else g.contiguous()
+
     def with_layout(x: Tensor) -> Tensor:
         y = x.view_as(x)
-        y.register_hook(lambda g: g.mT.contiguous().mT if by_columns else g.contiguous())
+        y.register_hook(layout)
         return y
 
     return tuple(
