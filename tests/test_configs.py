@@ -231,7 +231,8 @@ def test_a_chain_takes_the_path_of_the_table(write, monkeypatch, chain, link):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch, dtype):
+@pytest.mark.parametrize("based", [False, True], ids=["free", "base"])
+def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch, dtype, based):
     kernels = pytest.importorskip("tritonparam.kernels.cayley")
     launched = []
 
@@ -243,7 +244,8 @@ def test_the_kernel_is_launched_with_the_numbers_of_the_table(write, monkeypatch
     numbers = {"fwd": {"block_matrices": 1}, "bwd": {"num_warps": 2}}
     write(ROW | {"n": 4, "config": numbers, "dtype": str(dtype).removeprefix("torch.")})
     monkeypatch.setattr(configs, "device_name", lambda device: ROW["device"])
-    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
+    links = [tp.Orthogonal("cayley")] if based else [tp.Skew(), tp.CayleyMap()]
+    layer = tp.register_parametrization(torch.nn.Linear(4, 4), "weight", *links)
     with tp.use_path("kernel"):
         layer.to("cuda" if torch.cuda.is_available() else "cpu", dtype).weight.sum().backward()
     assert launched[0] == replace(kernels.fwd_config(4, dtype), block_matrices=1)

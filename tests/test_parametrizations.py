@@ -185,8 +185,14 @@ def test_spd_keeps_a_positive_definite_weight_and_can_be_assigned():
     assert torch.allclose(module.weight, p, rtol=1e-12)
     module.weight = 2 * p
     assert torch.allclose(module.weight, 2 * p, rtol=1e-12)
-    with pytest.raises(tp.NoPreimage):
-        module.weight = -p
+    for value in (-p, -torch.eye(5), torch.eye(5).flip(0)):
+        with pytest.raises(tp.NoPreimage, match="eigenvalue|determinant"):
+            module.weight = value
+    even = tp.spd(holder(torch.eye(4)))
+    rotation = torch.tensor([[0.0, -1], [1, 0]]).kron(torch.eye(2))
+    for value in (-torch.eye(4), rotation):  # whose logarithm is skew
+        with pytest.raises(tp.NoPreimage, match="a matrix whose eigenvalues are all positive"):
+            even.weight = value
     other = tp.positive_definite(holder(a.clone()))
     assert (torch.linalg.eigvalsh(other.weight) > 0).all()
 

@@ -131,6 +131,7 @@ def test_create_graph_and_double_backward(case, device):
             dxs = torch.autograd.grad((copy.weight * g).sum(), xs, create_graph=True)
         penalty = sum(dx.square().sum() for dx in dxs)
         results.append(torch.autograd.grad(penalty, xs))
+    assert all(dx.is_contiguous() for dx in results[1])
     if case.name == "weight_norm":
         pytest.skip("torch holds the norms constant; test_norms has the second derivatives")
     for mine, theirs in zip(results[1], results[0], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_the_state_and_what_is_assigned_are_torchs_bits(orthogonal_map, use_triv
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley"])
 @pytest.mark.parametrize(
-    ("use_trivialization", "dtype"), [(True, torch.float32), (False, torch.bfloat16)]
+    ("use_trivialization", "dtype"),
+    [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)],
 )
 def test_square_weights_have_kernels(orthogonal_map, use_trivialization, dtype, device):
     for shape in ((1, 1), (2, 5, 5)):
@@ -285,6 +287,16 @@ def test_compile_fullgraph_and_two_derivatives(use_trivialization):
     assert tp.stats()["composed"] == 0
 
 
+@maps
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5)])
+def test_second_derivatives_are_contiguous_as_first_ones(orthogonal_map, shape):
+    module = tp.fuse(constrained(shape, orthogonal_map, use_trivialization=True))
+    x = module.parametrizations.weight.original
+    (dx,) = torch.autograd.grad(module.weight.cos().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.square().sum(), x)
+    assert dx.stride() == second.stride() == x.stride()
+
+
 class Held(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -315,3 +327,28 @@ def test_spectral_norm_iterates_when_torchs_does():
             assert torch.equal(before, after) == (not training)
             vectors.append(after)
         assert torch.equal(*vectors)
+
+
+EMBEDDED = {
+    "orthogonal": lambda m: theirs.orthogonal(m, orthogonal_map="cayley"),
+    "spectral_norm": theirs.spectral_norm,
+    "weight_norm": lambda m: theirs.weight_norm(m, dim=None),
+}
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["alone", "together"])
+@pytest.mark.parametrize("path", ["closed", "kernel"])
+@pytest.mark.parametrize("constraint", EMBEDDED)
+def test_the_gradient_of_an_embedding_may_be_sparse(constraint, path, cached, device):
+    size = (300, 60) if path == "closed" else (9, 4)  # torch's own graphs of small norms take it
+    layer = EMBEDDED[constraint](nn.Embedding(*size)).eval().to(device)
+    tp.fuse(layer, strict=True)
+    i = torch.tensor([[3, 0], [1, 3]], device=device)
+    gradients = []
+    for layer.sparse in (False, True):
+        layer.zero_grad()
+        with tp.use_path(path), tp.cached(layer) if cached else nullcontext():
+            layer(i).cos().sum().backward()
+        gradients.append([x.grad for x in layer.parameters()])
+    for dense, of_sparse in zip(*gradients, strict=True):
+        assert torch.equal(of_sparse, dense)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from tritonparam.numerics import cast, compute_dtype, without_autocast
+from tritonparam.numerics import cast, compute_dtype, dense, without_autocast
 
 Saved = tuple[Tensor, ...]
 Gradients = tuple[Tensor, ...]
@@ -100,11 +100,13 @@ class EagerMap:
         return self._eager(None, args)
 
     def _eager(self, base: Tensor | None, args: tuple[Any, ...]) -> Tensor:
+        return cast(self._computed(base, args), args[self.like].dtype)
+
+    def _computed(self, base: Tensor | None, args: tuple[Any, ...]) -> Tensor:
+        """The value before it is rounded to the dtype of the result."""
         if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, args[: self.n_gradients])):
-            y = _Function.apply(self, base, _by_columns(args[0]), *self.own(args))
-        else:
-            y, _ = without_autocast(args[0], self.from_left, base, *args)
-        return cast(y, args[self.like].dtype)
+            return _Function.apply(self, base, _by_columns(args[0]), *self.own(args))
+        return without_autocast(args[0], self.from_left, base, *args)[0]
 
     def from_left(self, base: Tensor | None, *args: Any) -> tuple[Tensor, Any]:
         """``forward``, multiplied from the left by a base that is not None."""
@@ -121,12 +123,13 @@ class EagerMap:
 
         A product of torch's own would be differentiated under the autocast of the backward pass.
         It is a part of the map, unless its graph is made of the value, which is then no output.
+        An argument of 16 bits is one of the compute dtype for a compiler.
         """
         if base is None:
             return self(*args)
         if torch.compiler.is_compiling():
             return base @ self(*args)
-        return self._eager(base, args) if self.keeps else _product(self(*args), base)
+        return self._eager(base, args) if self.keeps else _product(self._computed(None, args), base)
 
 
 def _from_base(g: Tensor, saved: Saved, dtype: torch.dtype) -> Gradients:
@@ -230,6 +233,29 @@ def _by_columns(x: Tensor) -> bool:
     return not x.is_contiguous() and not x.is_leaf and x.dim() > 1 and x.mT.is_contiguous()
 
 
+def laid_out(saved: Saved, by_columns: bool = False) -> Saved:
+    """What is saved, such that second derivatives have the layout of first ones: rows, or columns.
+
+    Only where they are recorded.
+    """
+    if not torch.is_grad_enabled():
+        return saved
+
+    def layout(g: Tensor | None) -> Tensor | None:
+        if g is None:  # undefined: zero
+            return None
+        return g.mT.contiguous().mT if by_columns else g.contiguous()
+
+    def with_layout(x: Tensor) -> Tensor:
+        y = x.view_as(x)
+        y.register_hook(layout)
+        return y
+
+    return tuple(
+        with_layout(x) if x is not None and x.requires_grad and x.dim() > 1 else x for x in saved
+    )
+
+
 class _Function(torch.autograd.Function):
     """The eager door: EagerMap, base or None, arguments -> the value in the compute dtype."""
 
@@ -248,7 +274,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         fused, dtypes, numbers, n_rest = ctx.call
-        grads = without_autocast(g, _gradients, fused, g, ctx.saved_tensors, dtypes[0], *numbers)
+        saved = laid_out(ctx.saved_tensors, ctx.by_columns)
+        grads = without_autocast(g, _gradients, fused, g, saved, dtypes[0], *numbers)
         if ctx.by_columns:
             grads = (grads[0].mT.contiguous().mT, *grads[1:])
         return (None, None, None, *map(cast, grads, dtypes), *[None] * n_rest)
@@ -256,6 +283,7 @@ class _Function(torch.autograd.Function):
 
 def _gradients(fused: EagerMap, g: Tensor, saved: Saved, *rest: Any) -> Gradients:
     base, saved = saved[0], saved[1:]
+    g = dense(g)
     if base is not None:
         g = base.mT @ g
     # create_graph=True: differentiate the formula itself

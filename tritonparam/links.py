@@ -45,6 +45,12 @@ class Symmetric(nn.Module):
         require_square("Symmetric", a)
         require_finite("Symmetric", a)
         off = off_manifold(max_abs(a - a.mT), max_abs(a), a)
+        if off is not None and off_manifold(max_abs(a + a.mT), max_abs(a), a) is None:
+            raise NoPreimage(
+                "Symmetric: the assigned matrix must equal its transpose, got a skew one, as the "
+                "logarithm of a rotation is, and -I of even size is a rotation; before a "
+                "MatrixExponential, assign a matrix whose eigenvalues are all positive."
+            )
         if off is not None:
             raise NoPreimage(
                 "Symmetric: the assigned matrix must equal its transpose, got "

@@ -26,6 +26,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def dense(x: Tensor) -> Tensor:
+    """A gradient as a strided tensor: an embedding's may be sparse, which kernels cannot read."""
+    return x if x.layout == torch.strided else x.to_dense()
+
+
 def same_device(x: Tensor, y: Tensor) -> bool:
     """``x.device == y.device``, for less of the host's time on the CPU."""
     return (x.is_cpu and y.is_cpu) or x.device == y.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tritonparam.numerics import cast, compute_dtype, same_device
@@ -47,7 +48,9 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     """
     y, dtype = tall(x), x.dtype
     if base is not None:
-        y, base = cast(y, compute_dtype(dtype)), cast(base, compute_dtype(dtype))
+        base = cast(base, compute_dtype(dtype))
+        if torch.compiler.is_compiling():  # whose operators round what they return
+            y = cast(y, compute_dtype(dtype))
     q = _FREE[orthogonal_map](y, base)
     return cast(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), dtype)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from tritonparam import paths
-from tritonparam.autograd import EagerMap, Gradients, Saved
-from tritonparam.numerics import no_autocast
+from tritonparam.autograd import EagerMap, Gradients, Saved, laid_out
+from tritonparam.numerics import dense, no_autocast
 
 Call = tuple[Any, ...]
 
@@ -92,7 +92,7 @@ class _Together(torch.autograd.Function):
         one = graph.grouped.one
         some = [g for g in gs if g is not None]
         reached = [i for i, g in enumerate(gs) if g is not None]
-        saved = [graph.saved.pop(i) for i in reached]
+        saved = [laid_out(graph.saved.pop(i)) for i in reached]
         numbers = [graph.numbers[i] for i in reached]
         with no_autocast(some[0]):
             # create_graph=True, and what is batched: as one by one
@@ -121,7 +121,7 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor]:
         ctx.graph.saved[ctx.i] = ctx.saved_tensors
-        return None, None, g
+        return None, None, dense(g)
 
 
 _MAX_NUMEL = 2**24  # of a stack: 64 MiB in fp32, and of intermediates some ten times that

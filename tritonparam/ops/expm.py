@@ -150,8 +150,8 @@ _skew_exps, _symmetric_exps = stacked(_skew_exp, 1), stacked(_symmetric_exp, 1)
 
 
 def _evaluate(fused: FusedMap, w: Tensor, left: Tensor | None = None) -> Tensor:
-    # A kernel rounds a half once, but an operator's result has the compute dtype.
-    return fused.left(left, w, not torch.compiler.is_compiling())
+    # A kernel rounds a half once, but an operator's result, and a factor, has the compute dtype.
+    return fused.left(left, w, left is None and not torch.compiler.is_compiling())
 
 
 def skew_exp(w: Tensor, left: Tensor | None = None) -> Tensor:
