@@ -34,6 +34,7 @@ from tritonparam.orthogonal_maps import (
 )
 from tritonparam.paths import no_kernel
 from tritonparam.registry import Rule
+from tritonparam.slices import norm_shape
 from tritonparam.stepped import SteppedSpectralNorm
 
 _NO_SIGNS = object()  # an alias has none
@@ -144,7 +145,7 @@ def _weight_norm_declines(links: Sequence[nn.Module], *xs: Tensor) -> str:
     if dim == -1 and compute_dtype(dtype) != dtype:
         # torch rounds this norm, and this one only, and so leaves a weight as it was registered.
         return "one norm for a whole tensor of 16 bits is rounded as torch does it"
-    return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
+    return "" if g.shape == norm_shape(v, dim) else "the norms have another shape"
 
 
 def _shape_to_stack(links: Sequence[nn.Module], w: Tensor) -> tuple[int, ...] | None:
