@@ -54,7 +54,7 @@ def own_value(y: Tensor, saved: Saved) -> Tensor:
     return y.data
 
 
-def differentiated_by(y: Tensor, gradients: Callable[[Tensor], Sequence[Tensor]]) -> None:
+def differentiated_by(y: Tensor, gradients: Callable[..., Sequence[Tensor]], *args: Any) -> None:
     """Give a pass that is itself differentiated other gradients of y's node than torch's own.
 
     A hook on the node is what replaces them, and takes longer than the rest of a small map. So it
@@ -63,24 +63,30 @@ def differentiated_by(y: Tensor, gradients: Callable[[Tensor], Sequence[Tensor]]
 
     Arguments:
         y: what one of torch's operators has just made; it requires a gradient.
-        gradients: called with the gradient of y; returns those of the node's inputs, in its order.
+        gradients: called with the gradient of y, and with `args`; returns those of the node's
+            inputs, in its order.
     """
 
     def watch(_: Tensor) -> None:
         if torch.is_grad_enabled():
-            handle = torch._C._current_autograd_node().register_hook(
-                lambda found, given: replaced(handle, found, given)
-            )
+            _replace_once(gradients, args)
 
-    def replaced(handle: Any, found: Sequence[Tensor | None], given: Sequence[Tensor]) -> Any:
+    node: Any = y.grad_fn
+    y._backward_hooks = {0: watch}
+    node._register_hook_dict(y)
+    y._backward_hooks = None
+
+
+def _replace_once(gradients: Callable[..., Sequence[Tensor]], args: tuple[Any, ...]) -> None:
+    """Replace the gradients of the node that is at work."""
+
+    def replaced(found: Sequence[Tensor | None], given: Sequence[Tensor]) -> Any:
         handle.remove()
         if torch.is_grad_enabled():
-            pairs = zip(found, gradients(given[0]), strict=True)
+            pairs = zip(found, gradients(given[0], *args), strict=True)
             return tuple(dx if x is not None else None for x, dx in pairs)
 
-    y._backward_hooks = {0: watch}
-    y.grad_fn._register_hook_dict(y)
-    y._backward_hooks = None
+    handle = torch._C._current_autograd_node().register_hook(replaced)
 
 
 class EagerMap:

@@ -103,24 +103,22 @@ def lookup(
     kinds: tuple[type, ...] = tuple(map(type, links))
     if _aliases:
         kinds = tuple(map(meaning, kinds))
-    reason = ""
-    first = kinds[0]
+    first, reason, compiling = kinds[0], "", torch.compiler.is_compiling()
     for rule in rules:
         chain = rule.chain
-        if chain[0] is first and chain == kinds[: len(chain)]:
-            n = len(chain)
-            taken = links[:n]
-            compiling = torch.compiler.is_compiling()
-            declined = (
-                links_decline(taken) or _tensors_decline(xs, compiling) or rule.declines(taken, *xs)
-            )
-            if not declined:
-                measured = paths.asks(compiling) and configs.fastest(*rule.question(taken, *xs))
-                if measured == "composed":
-                    why = "torch's own chain was measured faster at this size on this device"
-                    return None, n, why
-                return rule, n, ""
+        if chain[0] is not first or chain != kinds[: len(chain)]:
+            continue
+        n = len(chain)
+        taken = links[:n]
+        declined = (
+            links_decline(taken) or _tensors_decline(xs, compiling) or rule.declines(taken, *xs)
+        )
+        if declined:
             reason = reason or declined
+        elif paths.asks(compiling) and configs.fastest(*rule.question(taken, *xs)) == "composed":
+            return None, n, "torch's own chain was measured faster at this size on this device"
+        else:
+            return rule, n, ""
     return None, 1, reason or NO_RULE
 
 

@@ -10,9 +10,9 @@ def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
     """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
     if dim == -1:
         return ()
-    shape = [1] * v.dim()
-    shape[dim] = v.size(dim)
-    return tuple(shape)
+    sizes = [1] * v.dim()
+    sizes[dim] = v.shape[dim]  # sooner than v.size(dim)
+    return tuple(sizes)
 
 
 def slices(x: Tensor, dim: int) -> Tensor:

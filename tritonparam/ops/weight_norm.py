@@ -180,14 +180,15 @@ def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
     if not norm.min().item() > 0:  # on the CPU nobody waits for this
         return None
     if fused and w.requires_grad:
-
-        def gradients(grad: Tensor) -> Gradients:
-            dg, dv = _graph(grad, (g, v, norm), v.dtype, dim, True)
-            return cast(dv, v.dtype), cast(dg, v.dtype)
-
-        differentiated_by(w, gradients)
+        differentiated_by(w, _in_torchs_order, (g, v, norm), dim)
     paths.count("closed")
     return w
+
+
+def _in_torchs_order(grad: Tensor, saved: Saved, dim: int) -> Gradients:
+    v = saved[1]
+    dg, dv = _graph(grad, saved, v.dtype, dim, True)
+    return cast(dv, v.dtype), cast(dg, v.dtype)
 
 
 def _resume(w: Tensor, g: Tensor, v: Tensor, dim: int, rounded: bool) -> Saved:
