@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 
-from tritonparam.ops.weight_norm import norm_shape
+from tritonparam.slices import norm_shape
 
 HALVES = [torch.float16, torch.bfloat16]
 

@@ -54,6 +54,7 @@ FLOORS = {
     "logm": 1.1,
     "preimage": 1.1,
     "polynomials": 1,
+    "slices": 1,
     "exponential": 1.1,
     "turns": 1,
     "tables": 1.8,

@@ -11,7 +11,8 @@ from torch.nn.utils.parametrizations import _WeightNorm
 import tritonparam as tp
 from tests.norms import assert_equal_maps, assert_near, composed, spectral_link, weight_pair
 from tritonparam.ops.spectral_norm import spectral_norm
-from tritonparam.ops.weight_norm import norm_shape, weight_norm
+from tritonparam.ops.weight_norm import weight_norm
+from tritonparam.slices import norm_shape
 
 
 def test_third_derivatives():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tests.norms import (
     tolerance,
     weight_pair,
 )
+from tritonparam.ops import weight_norm as ops
 from tritonparam.ops.weight_norm import weight_norm
 
 WEIGHT = [
@@ -65,9 +68,12 @@ def test_weight_norm_equals_torchs_link(shape, dim, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((4, 3), None), ((2, 3, 2), 1)]
+    ("shape", "dim", "few"),
+    [((4, 3), 0, 99), ((4, 3), 1, 99)]
+    + [(shape, dim, few) for shape, dim in (((4, 3), None), ((2, 3, 2), 1)) for few in (99, 0)],
 )
-def test_weight_norm_gradcheck(shape, dim):
+def test_weight_norm_gradcheck(shape, dim, few, monkeypatch):
+    monkeypatch.setattr(ops, "_FEW", few)  # torch's graph, or a function of ours
     link, g, v = weight_pair(shape, dim)
     assert torch.autograd.gradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
     assert torch.autograd.gradgradcheck(lambda g, v: weight_norm(link, g, v), (g, v))
@@ -119,6 +125,44 @@ def test_a_graph_of_weight_norm_is_freed_at_once(device):
         assert dies() is None
     finally:
         gc.enable()
+
+
+def test_any_pass_over_a_graph_of_weight_norm_may_be_the_one_that_is_differentiated(device):
+    link, g, v = weight_pair((5, 4), 0, device=device)
+
+    def passes(f):
+        w = f(g, v)
+        y = w.sin()
+        seen = []
+        handle = w.register_hook(lambda dw: seen.append(dw.requires_grad))
+        found = [*torch.autograd.grad(y.sum(), w, create_graph=True)]  # stops above the norm
+        for differentiated in (False, True, False, True):
+            torch.manual_seed(0)
+            grad = torch.randn_like(y)
+            dxs = torch.autograd.grad(
+                y, (g, v), grad, retain_graph=True, create_graph=differentiated
+            )
+            found += dxs
+            if differentiated:
+                twice = sum(dx.sin().sum() for dx in dxs)
+                found += torch.autograd.grad(twice, (g, v), retain_graph=True)
+        handle.remove()
+        with torch.no_grad():
+            w.mul_(2)
+        return seen, [*found, w]
+
+    (seen, got), (want_seen, want) = (
+        passes(f) for f in (partial(weight_norm, link), composed(link))
+    )
+    assert seen == want_seen
+    for a, b in zip(got, want, strict=True):
+        assert_near(a, b)
+
+
+def test_saving_a_weight_with_a_graph_warns_of_no_hooks(device, recwarn):
+    link, g, v = weight_pair((5, 4), 0, device=device)
+    torch.save(weight_norm(link, g, v), io.BytesIO())
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("only", [0, 1])

@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightN
 
 from tritonparam import registry
 from tritonparam.links import CayleyMap, MatrixExponential, Pruning, Skew, Symmetric
-from tritonparam.ops.weight_norm import norm_shape
 from tritonparam.orthogonal import Orthogonal, OrthogonalGates
+from tritonparam.slices import norm_shape
 
 _ORTHOGONAL = (CayleyMap, Orthogonal, OrthogonalGates, _Orthogonal)
 

@@ -120,19 +120,17 @@ def originals(plist: ParametrizationList) -> tuple[Tensor, ...]:
     """The originals of a list, in the order in which its first link takes them."""
     known: dict[str, Any] = plist._parameters
     try:  # the module's own lookup is slower
-        return tuple([known[name] for name in _original_names(plist)])
+        if plist.is_tensor:
+            return (known["original"],)
+        if plist.ntensors == 2:
+            return known["original0"], known["original1"]
     except KeyError:
-        return tuple([getattr(plist, name) for name in _original_names(plist)])
+        pass
+    return tuple([getattr(plist, name) for name in _original_names(plist)])
 
 
 def _original_names(plist: ParametrizationList) -> Sequence[str]:
-    if plist.is_tensor:
-        return ("original",)
-    n = plist.ntensors
-    return _PAIR if n == 2 else [f"original{i}" for i in range(n)]
-
-
-_PAIR = "original0", "original1"
+    return ("original",) if plist.is_tensor else [f"original{i}" for i in range(plist.ntensors)]
 
 
 def swap_originals(plist: ParametrizationList, new: Sequence[Tensor]) -> tuple[Tensor, ...]:

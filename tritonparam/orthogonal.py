@@ -190,7 +190,8 @@ def require_matrix(who: str, x: Tensor) -> None:
 
 def tall(x: Tensor) -> Tensor:
     """x, transposed if it is wide."""
-    return x if x.size(-2) >= x.size(-1) else x.mT
+    n, k = x.shape[-2:]  # asking for one size takes longer
+    return x if n >= k else x.mT
 
 
 def is_orthonormal(q: Tensor, dtype: torch.dtype) -> bool:

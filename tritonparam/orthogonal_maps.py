@@ -47,12 +47,13 @@ def from_left(base: Tensor | None, orthogonal_map: str, x: Tensor) -> Tensor:
     originals are rounded once.
     """
     y, dtype = tall(x), x.dtype
+    is_tall = y is x
     if base is not None:
         base = cast(base, compute_dtype(dtype))
         if torch.compiler.is_compiling():  # whose operators round what they return
             y = cast(y, compute_dtype(dtype))
     q = _FREE[orthogonal_map](y, base)
-    return cast(q if x.size(-2) >= x.size(-1) else q.mT.contiguous(), dtype)
+    return cast(q if is_tall else q.mT.contiguous(), dtype)
 
 
 def at_base(base: Tensor, orthogonal_map: str, x: Tensor) -> Tensor:

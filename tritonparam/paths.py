@@ -67,12 +67,12 @@ def measured(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) ->
     It is empty as well where ``use_path`` asks for a path, and in a graph that is being compiled,
     since the table is measured in eager mode. Arguments as for ``configs.lookup``.
     """
-    return configs.fastest(chain, x, n, dtype) if asks() else ""
+    return configs.fastest(chain, x, n, dtype) if asks(torch.compiler.is_compiling()) else ""
 
 
-def asks() -> bool:
+def asks(compiling: bool) -> bool:
     """Whether the table of measured paths is asked, and has rows at all."""
-    return _override is None and not torch.compiler.is_compiling() and bool(configs.table())
+    return not compiling and _override is None and bool(configs.table())
 
 
 def kernel_declines(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = None) -> str:

@@ -103,34 +103,36 @@ def lookup(
     kinds: tuple[type, ...] = tuple(map(type, links))
     if _aliases:
         kinds = tuple(map(meaning, kinds))
-    reason = ""
-    first = kinds[0]
+    first, reason, compiling = kinds[0], "", torch.compiler.is_compiling()
     for rule in rules:
         chain = rule.chain
-        if chain[0] is first and chain == kinds[: len(chain)]:
-            n = len(chain)
-            taken = links[:n]
-            declined = links_decline(taken) or _tensors_decline(xs) or rule.declines(taken, *xs)
-            if not declined:
-                if paths.asks() and configs.fastest(*rule.question(taken, *xs)) == "composed":
-                    why = "torch's own chain was measured faster at this size on this device"
-                    return None, n, why
-                return rule, n, ""
+        if chain[0] is not first or chain != kinds[: len(chain)]:
+            continue
+        n = len(chain)
+        taken = links[:n]
+        declined = (
+            links_decline(taken) or _tensors_decline(xs, compiling) or rule.declines(taken, *xs)
+        )
+        if declined:
             reason = reason or declined
+        elif paths.asks(compiling) and configs.fastest(*rule.question(taken, *xs)) == "composed":
+            return None, n, "torch's own chain was measured faster at this size on this device"
+        else:
+            return rule, n, ""
     return None, 1, reason or NO_RULE
 
 
 def evaluate(rules: Sequence[Rule], links: Sequence[nn.Module], *xs: Tensor) -> Tensor:
     """The value of a chain: what rules take, fused; the links between, one after another."""
-    fused, i = False, 0
-    while i < len(links):
-        rule, n, _ = lookup(rules, links[i:], xs)
+    fused = False
+    while links:
+        rule, n, _ = lookup(rules, links, xs)
         if rule is not None:
-            xs, fused = (rule.op(links[i : i + n], *xs),), True
+            xs, fused = (rule.op(links[:n], *xs),), True
         else:
-            for link in links[i : i + n]:
+            for link in links[:n]:
                 xs = (link(*xs),)
-        i += n
+        links = links[n:]
     if not fused and not torch.compiler.is_compiling():
         paths.count("composed")
     return xs[0]
@@ -180,7 +182,7 @@ def links_decline(links: Sequence[nn.Module]) -> str:
     return ""
 
 
-def _tensors_decline(xs: Sequence[Tensor]) -> str:
+def _tensors_decline(xs: Sequence[Tensor], compiling: bool) -> str:
     for x in xs:
         if type(x) not in _PLAIN:
             return f"the original is a {type(x).__name__}, a tensor subclass"
@@ -194,11 +196,14 @@ def _tensors_decline(xs: Sequence[Tensor]) -> str:
         return "torch.jit.trace records the links"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if not torch.compiler.is_compiling():
-        if (_mode(_FAKE) or _mode(_PROXY)) is not None:
-            return "fake tensors, or make_fx, have no values to look at"
-        if (n := _n_modes()) and any(isinstance(_mode_at(i), _SELECTIVE) for i in range(n)):
-            return "a selective activation checkpoint keeps tensors that a fused chain writes to"
+    return "" if compiling or not _n_modes() else _modes_decline()
+
+
+def _modes_decline() -> str:
+    if (_mode(_FAKE) or _mode(_PROXY)) is not None:
+        return "fake tensors, or make_fx, have no values to look at"
+    if any(isinstance(_mode_at(i), _SELECTIVE) for i in range(_n_modes())):
+        return "a selective activation checkpoint keeps tensors that a fused chain writes to"
     return ""
 
 

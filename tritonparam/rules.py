@@ -34,9 +34,11 @@ from tritonparam.orthogonal_maps import (
 )
 from tritonparam.paths import no_kernel
 from tritonparam.registry import Rule
+from tritonparam.slices import norm_shape
 from tritonparam.stepped import SteppedSpectralNorm
 
 _NO_SIGNS = object()  # an alias has none
+_NO_BASE = object()  # without trivialization
 
 
 def _signature(links: Sequence[nn.Module], w: Tensor) -> Any:
@@ -99,23 +101,26 @@ def _orthogonal_launches(links: Sequence[nn.Module], x: Tensor) -> tuple[int, in
     return from_left_launches(link.orthogonal_map, x, based=based)
 
 
-def _has_base(link: Any) -> bool:
+def _base(link: Any) -> Any:
     # The module's own lookup is slower.
-    return "base" in link._buffers or "base" in link.__dict__ or "base" in link._parameters
+    for home in (link._buffers, link.__dict__, link._parameters):
+        if "base" in home:
+            return home["base"]
+    return _NO_BASE
 
 
 def _torch_orthogonal(links: Sequence[nn.Module], x: Tensor) -> Tensor:
     link: Any = links[0]
-    base = link.base if _has_base(link) else None
-    return from_left(base, link.orthogonal_map._name_, x)
+    base = _base(link)
+    return from_left(None if base is _NO_BASE else base, link.orthogonal_map._name_, x)
 
 
 def _torch_orthogonal_declines(links: Sequence[nn.Module], x: Tensor) -> str:
     link: Any = links[0]
-    orthogonal_map = link.orthogonal_map._name_
-    if _has_base(link):
-        return from_left_declines(link.base, orthogonal_map, x)
-    return map_declines(orthogonal_map, x)
+    base, orthogonal_map = _base(link), link.orthogonal_map._name_
+    if base is _NO_BASE:
+        return map_declines(orthogonal_map, x)
+    return from_left_declines(base, orthogonal_map, x)
 
 
 def _torch_orthogonal_differs(links: Sequence[nn.Module], x: Tensor) -> str:
@@ -144,7 +149,7 @@ def _weight_norm_declines(links: Sequence[nn.Module], *xs: Tensor) -> str:
     if dim == -1 and compute_dtype(dtype) != dtype:
         # torch rounds this norm, and this one only, and so leaves a weight as it was registered.
         return "one norm for a whole tensor of 16 bits is rounded as torch does it"
-    return "" if g.shape == weight_norm.norm_shape(v, dim) else "the norms have another shape"
+    return "" if g.shape == norm_shape(v, dim) else "the norms have another shape"
 
 
 def _shape_to_stack(links: Sequence[nn.Module], w: Tensor) -> tuple[int, ...] | None:
@@ -165,7 +170,23 @@ _SPECTRAL_NORM = Rule(
     together=lambda chains: spectral_norm.spectral_norms([(x[0], w) for x, (w,) in chains]),
 )
 
-RULES = (
+RULES = (  # those first that cost the least, of which looking up is the larger part
+    _SPECTRAL_NORM,
+    replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
+    Rule(
+        name="weight_norm",
+        chain=(_WeightNorm,),
+        op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
+        declines=_weight_norm_declines,
+        kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
+        size=lambda g, v: v.numel(),
+        kernels=lambda n, dtype: "weight_norm",
+        launches=lambda links, g, v: weight_norm.n_launches(links[0], v),
+        alike=lambda links, g, v: "any",
+        together=lambda chains: weight_norm.weight_norms(
+            [(links[0], g, v) for links, (g, v) in chains]
+        ),
+    ),
     Rule(
         name="cayley",
         chain=(Skew, CayleyMap),
@@ -244,22 +265,6 @@ RULES = (
             cast(Any, links[0]).orthogonal_map, _gates(links, x)
         ),
         launches=lambda links, x: _orthogonal_launches(links, _gates(links, x)),
-    ),
-    _SPECTRAL_NORM,
-    replace(_SPECTRAL_NORM, chain=(SteppedSpectralNorm,)),
-    Rule(
-        name="weight_norm",
-        chain=(_WeightNorm,),
-        op=lambda links, g, v: weight_norm.weight_norm(links[0], g, v),
-        declines=_weight_norm_declines,
-        kernel_declines=lambda links, g, v: weight_norm.kernel_declines(g, v),
-        size=lambda g, v: v.numel(),
-        kernels=lambda n, dtype: "weight_norm",
-        launches=lambda links, g, v: weight_norm.n_launches(links[0], v),
-        alike=lambda links, g, v: "any",
-        together=lambda chains: weight_norm.weight_norms(
-            [(links[0], g, v) for links, (g, v) in chains]
-        ),
     ),
 )
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tritonparam import configs, paths
-from tritonparam.autograd import FusedMap, Gradients, Saved, one_by_one
+from tritonparam.autograd import FusedMap, Gradients, Saved, differentiated_by, one_by_one
 from tritonparam.numerics import cast, compute_dtype
+from tritonparam.slices import divisor, norms, slices, sums
 from tritonparam.together import GroupedMap
 
 # torch's own loops for the first and the last dimension, in fp32 for fp16 and bf16. Their
@@ -29,45 +30,9 @@ def n_launches(link: Any, v: Tensor) -> tuple[int, int]:
     """How many kernels a forward and a backward pass launch."""
     if not v.numel():
         return 0, 0
-    shape = _slices(v.to("meta"), dim_of(link, v)).shape
+    shape = slices(v.to("meta"), dim_of(link, v)).shape
     n_launches = paths.kernels("weight_norm").n_launches
     return n_launches(shape, _config("fwd", [v])), n_launches(shape, _config("bwd", [v]))
-
-
-def norm_shape(v: Tensor, dim: int) -> tuple[int, ...]:
-    """The shape of ‖v‖: one norm for every index of `dim`, one for all at -1 as in torch."""
-    if dim == -1:
-        return ()
-    shape = [1] * v.dim()
-    shape[dim] = v.size(dim)
-    return tuple(shape)
-
-
-def _slices(x: Tensor, dim: int) -> Tensor:
-    """x as [before, n, after], n the size of `dim`; the whole as [1, 1, size] at -1."""
-    if dim == -1:
-        return x.reshape(1, 1, x.numel())
-    return x.reshape(x.shape[:dim].numel(), x.size(dim), x.shape[dim + 1 :].numel())
-
-
-def _sums(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> per slice: [1, n, 1]."""
-    if x.size(1) == 1:
-        return torch.dot(x.flatten(), y.flatten()).view(1, 1, 1)
-    products = x * y
-    # The leading dimension alone, first: up to twice as fast as both at once.
-    partial = products if x.size(0) == 1 else products.sum(0, keepdim=True)
-    return partial.sum(2, keepdim=True)
-
-
-def _divisor(norm: Tensor) -> Tensor:
-    return norm.masked_fill(norm == 0, torch.inf)  # the value and the gradients are 0 where v is
-
-
-def _norm(v: Tensor, dim: int) -> Tensor:
-    if v.numel() == 0:  # which torch's function refuses
-        return _divisor(_sums(_slices(v, dim), _slices(v, dim)))
-    return _divisor(torch.norm_except_dim(v, 2, dim)).view(1, -1, 1)
 
 
 def _fused(v: Tensor, dim: int) -> bool:
@@ -75,7 +40,7 @@ def _fused(v: Tensor, dim: int) -> bool:
 
 
 Call = tuple[Tensor, Tensor, int, bool]
-_FEW = 4096  # numbers, up to which the number of operators is what counts
+_FEW = 1 << 15  # numbers, up to which the number of operators is what counts
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -91,7 +56,7 @@ def _kernel_fwd(calls: Sequence[Call]) -> list[tuple[Tensor, Saved]]:
     dtype = vs[0].dtype if rounded[0] else compute_dtype(vs[0].dtype)
     with torch.cuda.device_of(vs[0]):
         config = _config("fwd", vs)
-        xs = [_slices(v.contiguous(), dim) for v, dim in zip(vs, dims, strict=True)]
+        xs = [slices(v.contiguous(), dim) for v, dim in zip(vs, dims, strict=True)]
         results = kernels.weight_norm_fwd([g.reshape(-1) for g in gs], xs, dtype, config)
     pairs = zip(gs, vs, results, strict=True)
     return [(w.view(v.shape), (g, v, norm.view(g.shape))) for g, v, (w, norm) in pairs]
@@ -105,7 +70,7 @@ def _kernel_bwd(
     with torch.cuda.device_of(vs[0]):
         config = _config("bwd", vs)
         dws, xs = (
-            [_slices(x.contiguous(), dim) for x, dim in zip(tensors, dims, strict=True)]
+            [slices(x.contiguous(), dim) for x, dim in zip(tensors, dims, strict=True)]
             for tensors in (grads, vs)
         )
         gs_flat, norms_flat = ([x.reshape(-1) for x in tensors] for tensors in (gs, norms))
@@ -128,11 +93,11 @@ def _forward(g: Tensor, v: Tensor, dim: int, rounded: bool) -> tuple[Tensor, Sav
         w, norm = _torch_forward(v.contiguous(), g.contiguous(), dim)
         if not norm.all():  # on the CPU nobody waits for this
             w.masked_fill_(norm == 0, 0)
-            norm = _divisor(norm)
+            norm = divisor(norm)
         return w if rounded else cast(w, dtype), (g, v, norm)
     x = v.to(dtype).contiguous()
-    norm = _norm(x, dim)
-    w = _slices(x, dim) * (g.to(dtype).reshape(norm.shape) / norm)
+    norm = norms(x, dim)
+    w = slices(x, dim) * (g.to(dtype).reshape(norm.shape) / norm)
     return w.view(v.shape), (g, v, norm.view(g.shape))
 
 
@@ -148,9 +113,9 @@ def _backward(grad: Tensor, saved: Saved, dtype: torch.dtype, dim: int, rounded:
         grad = cast(grad, v.dtype).contiguous()
         dv, dg = _torch_backward(grad, v.contiguous(), g.contiguous(), norm, dim)
         return dg, dv
-    x, grad = _slices(v, dim).to(norm.dtype), _slices(grad, dim).to(norm.dtype)
+    x, grad = slices(v, dim).to(norm.dtype), slices(grad, dim).to(norm.dtype)
     norm = norm.view(1, -1, 1)
-    dg = _sums(grad, x) / norm
+    dg = sums(grad, x) / norm
     scale = g.to(norm.dtype).reshape(norm.shape) / norm
     dv = (grad * scale).addcmul_(x, scale * dg / norm, value=-1)
     return dg.view(g.shape), dv.reshape(v.shape)
@@ -177,10 +142,10 @@ def _second(q: Tensor, h: Tensor, *rest: Any) -> Gradients:
     # dG = s H + (q - s b) v/‖v‖,  dg = (c - a b)/‖v‖,
     # dv = ((q - s b) G - s a H + (3 s a b - s c - q a) v/‖v‖)/‖v‖. Differentiable.
     *gv, norm, a, dim = rest
-    norm = _norm(gv[2], dim) if torch.is_grad_enabled() else norm.view(1, -1, 1)
-    grad, x, h = (_slices(t, dim) for t in (gv[0], gv[2], h))
+    norm = norms(gv[2], dim) if torch.is_grad_enabled() else norm.view(1, -1, 1)
+    grad, x, h = (slices(t, dim) for t in (gv[0], gv[2], h))
     g, q, a = (t.reshape(norm.shape) for t in (gv[1], q, a))
-    b, c, s = _sums(h, x) / norm, _sums(h, grad), g / norm
+    b, c, s = sums(h, x) / norm, sums(h, grad), g / norm
     p = q - s * b
     d_grad = torch.addcmul(h * s, x, p / norm)
     dg = (c - a * b) / norm
@@ -201,50 +166,33 @@ def _torchs(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
 
     None where it does not take them, or a norm is 0 or NaN.
     """
-    if not (v.is_contiguous() and g.is_contiguous()):
+    if not (v.is_contiguous() and g.is_contiguous() and v.numel()):
         return None
-    if _fused(v, dim):
-        w = _torchs_own(g, v, dim)
-    elif dim == -1 and 0 < v.numel() <= _FEW and compute_dtype(v.dtype) == v.dtype:
+    if fused := dim == 0 or dim == v.dim() - 1:
+        if _saved_hooks(True):  # our second derivatives would not see what they make of tensors
+            return None
+        w, norm = _torch_forward(v, g, dim)
+    elif compute_dtype(v.dtype) == v.dtype and (v.numel() <= _FEW or not torch.is_grad_enabled()):
         norm = torch.norm_except_dim(v, 2, dim)
-        w = v * (g / norm) if _is_positive(norm) else None
+        w = v * (g / norm)
     else:
         return None
-    if w is not None:
-        paths.count("closed")
+    if not norm.min().item() > 0:  # on the CPU nobody waits for this
+        return None
+    if fused and w.requires_grad:
+        differentiated_by(w, _in_torchs_order, (g, v, norm), dim)
+    paths.count("closed")
     return w
 
 
-def _is_positive(norm: Tensor) -> bool:
-    return norm.min().item() > 0  # on the CPU nobody waits for this
-
-
-def _torchs_own(g: Tensor, v: Tensor, dim: int) -> Tensor | None:
-    """By one operator, for a dimension that it takes.
-
-    A pass that is itself to be differentiated gets the gradients of ``_graph``, by a hook, which
-    would not see what hooks on saved tensors make of them.
-    """
-    if _saved_hooks(True):
-        return None
-    w, norm = _torch_forward(v, g, dim)
-    if not _is_positive(norm):
-        return None
-    if w.requires_grad:
-
-        def differentiable(grads: Sequence[Tensor | None], gs: Sequence[Tensor]) -> Any:
-            if not torch.is_grad_enabled():
-                return None
-            dg, dv = _graph(gs[0], (g, v, norm), v.dtype, dim, True)
-            ours = cast(dv, v.dtype), cast(dg, v.dtype)
-            return tuple(y if x is not None else None for x, y in zip(grads, ours, strict=True))
-
-        w.grad_fn.register_hook(differentiable)
-    return w
+def _in_torchs_order(grad: Tensor, saved: Saved, dim: int) -> Gradients:
+    v = saved[1]
+    dg, dv = _graph(grad, saved, v.dtype, dim, True)
+    return cast(dv, v.dtype), cast(dg, v.dtype)
 
 
 def _resume(w: Tensor, g: Tensor, v: Tensor, dim: int, rounded: bool) -> Saved:
-    norm = _norm(v.to(compute_dtype(v.dtype)), dim)
+    norm = norms(v.to(compute_dtype(v.dtype)), dim)
     return g, v, norm.view(g.shape)
 
 
