@@ -57,36 +57,19 @@ def own_value(y: Tensor, saved: Saved) -> Tensor:
 def differentiated_by(y: Tensor, gradients: Callable[..., Sequence[Tensor]], *args: Any) -> None:
     """Give a pass that is itself differentiated other gradients of y's node than torch's own.
 
-    A hook on the node is what replaces them, and takes longer than the rest of a small map. So it
-    is put there by one on the gradient of y, when such a pass comes; that one is registered as
-    ``Tensor.register_hook`` does it, without a handle and without a trace on y.
-
     Arguments:
         y: what one of torch's operators has just made; it requires a gradient.
         gradients: called with the gradient of y, and with `args`; returns those of the node's
             inputs, in its order.
     """
 
-    def watch(_: Tensor) -> None:
-        if torch.is_grad_enabled():
-            _replace_once(gradients, args)
-
-    node: Any = y.grad_fn
-    y._backward_hooks = {0: watch}
-    node._register_hook_dict(y)
-    y._backward_hooks = None
-
-
-def _replace_once(gradients: Callable[..., Sequence[Tensor]], args: tuple[Any, ...]) -> None:
-    """Replace the gradients of the node that is at work."""
-
     def replaced(found: Sequence[Tensor | None], given: Sequence[Tensor]) -> Any:
-        handle.remove()
         if torch.is_grad_enabled():
             pairs = zip(found, gradients(given[0], *args), strict=True)
             return tuple(dx if x is not None else None for x, dx in pairs)
 
-    handle = torch._C._current_autograd_node().register_hook(replaced)
+    node: Any = y.grad_fn
+    node.register_hook(replaced)
 
 
 class EagerMap:
