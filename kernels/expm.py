@@ -49,12 +49,13 @@ def _expm_fwd_kernel(
     y = polynomial(a, b, b2, diagonal, same, SLOT, EVEN, ODD, PRECISION)
     # e^mu is multiplied on before the last three squarings at most: earlier its rounding would be
     # amplified, later exp(A - mu I) could have overflown.
+    SQUARES: tl.constexpr = "ieee" if SIGN == 1 else PRECISION
     last = tl.minimum(left, 3)
     if SIGN == 1:
         growth = growth_of(mu, last)
         y = y * tl.where(left == last, growth, 1.0)
     for done in range(0, max_of(left)):
-        z = tl.dot(y, y, input_precision=PRECISION)
+        z = tl.dot(y, y, input_precision=SQUARES)
         if SIGN == 1:
             z = z * tl.where(left - 1 - done == last, growth, 1.0)
         y = choose(done < left, z, y, same, SLOT)
@@ -109,16 +110,17 @@ def _expm_bwd_kernel(
     m = load(g_ptr, (g_stride, g_stride_row, g_stride_col), place, mask, BLOCK)
     m = product(m, tl.trans(z), same, SLOT, PRECISION)
     m = product(tl.trans(z), m, same, SLOT, PRECISION)
+    SQUARES: tl.constexpr = "ieee" if SIGN == 1 else PRECISION
     last = tl.minimum(left, 3)
     if SIGN == 1:
         growth = growth_of(mu, last)
         m = 0.5 * (m + tl.trans(m)) * tl.where(left == 0, growth, 1.0)
     for done in range(0, max_of(left)):
-        z_next = tl.dot(z, z, input_precision=PRECISION)  # Z_h in the first round
+        z_next = tl.dot(z, z, input_precision=SQUARES)  # Z_h in the first round
         if SIGN == 1:
             grown = tl.where(left - done == last, growth, 1.0)
             z = choose(done < left, z_next * grown, z, same, SLOT)
-            x = tl.dot(m, z, input_precision=PRECISION) * grown
+            x = tl.dot(m, z, input_precision=SQUARES) * grown
             m = choose(done < left, x + tl.trans(x), m, same, SLOT)
         else:
             z = choose(done < left, z_next, z, same, SLOT)
