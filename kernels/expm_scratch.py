@@ -76,20 +76,27 @@ def _expm_bwd_kernel(
         offset = row.to(tl.int64) * g_stride_row + col.to(tl.int64) * g_stride_col
         g = tl.load(g_ptr + offset, mask=inside, other=0.0).to(ACC)
         tl.store(tile_ptr + (STEPS + 4) * AREA + entry, g)
-    for i in range(STEPS + 2 + 3 * left):
+    for i in range(STEPS + 2):
         polynomial = i < STEPS
-        first = i < STEPS + 2
-        turn = tl.where(polynomial, 0, (i - STEPS + 1) % 3)  # of Z, X or M
-        done = (i - STEPS + 1) // 3  # rounds
-        x_ptr = tile_ptr + one_of(turn, tl.where(polynomial, 2, z_at), m_at, z_at) * AREA
-        y_ptr = tile_ptr + one_of(turn, z_at, z_at, tl.where(first, 1, m_at)) * AREA
+        x_ptr = tile_ptr + tl.where(polynomial, 2, tl.where(i == STEPS, m_at, z_at)) * AREA
+        y_ptr = tile_ptr + tl.where(i <= STEPS, z_at, 1) * AREA
         z, entry = times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
         if SIGN == 1:
-            grown = tl.where(first, (turn == 2) & (left == 0), left - done + 1 == last)
-            z *= tl.where(grown, growth, 1.0)
-        plus_ptr = tile_ptr + tl.where(i < STEPS - 1, STEPS + 1 - i, 1) * AREA  # a block, or X
-        plus = polynomial | ((turn == 2) & (i > STEPS + 1))
-        z += tl.load(plus_ptr + entry, mask=entry < tl.where(plus, AREA, 0), other=0.0)
+            z *= tl.where((i == STEPS + 1) & (left == 0), growth, 1.0)
+        plus_ptr = tile_ptr + tl.where(i < STEPS - 1, STEPS + 1 - i, 1) * AREA
+        z += tl.load(plus_ptr + entry, mask=entry < tl.where(polynomial, AREA, 0), other=0.0)
+        z_at = tl.where(polynomial, 2 * STEPS + 5 - z_at, z_at)
+        m_at = tl.where(i == STEPS + 1, 2, m_at)
+        put(tile_ptr + tl.where(polynomial, z_at, tl.where(i == STEPS, 1, 2)) * AREA + entry, z)
+    for i in range(3 * left):
+        turn = i % 3  # of Z, X or M
+        x_ptr = tile_ptr + one_of(turn, z_at, m_at, z_at) * AREA
+        y_ptr = tile_ptr + one_of(turn, z_at, z_at, m_at) * AREA
+        z, entry = times(x_ptr, y_ptr, n_cols, BLOCK, BLOCK_K, "ieee" if SIGN == 1 else PRECISION)
+        if SIGN == 1:
+            z *= tl.where(left - i // 3 == last, growth, 1.0)
+        plus_ptr = tile_ptr + AREA  # X
+        z += tl.load(plus_ptr + entry, mask=entry < tl.where(turn == 2, AREA, 0), other=0.0)
         z_at = tl.where(turn == 0, 2 * STEPS + 5 - z_at, z_at)
         m_at = tl.where(turn == 2, STEPS + 6 - m_at, m_at)
         put(tile_ptr + one_of(turn, z_at, 1, m_at) * AREA + entry, z)

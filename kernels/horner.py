@@ -135,13 +135,16 @@ def expm_fwd_kernel(
     last = tl.minimum(left, 3)
     growth = growth_of(mu, last)
     # By numbers of tiles, not by pointers, as in `expm_scratch`.
-    for i in range(STEPS + left):
-        polynomial = i < STEPS
+    for i in range(STEPS):
         z_ptr = tile_ptr + (STEPS + 2 + i % 2) * AREA
-        x_ptr = tile_ptr + tl.where(polynomial, 2, STEPS + 2 + i % 2) * AREA
-        z, entry = times(x_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
-        block_ptr = tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA
-        z += tl.load(block_ptr + entry, mask=entry < tl.where(polynomial, AREA, 0), other=0.0)
+        z, entry = times(tile_ptr + 2 * AREA, z_ptr, n_cols, BLOCK, BLOCK_K, PRECISION)
+        z += tl.load(tile_ptr + tl.where(i == STEPS - 1, 1, STEPS + 1 - i) * AREA + entry)
+        if SIGN == 1:
+            z *= tl.where((i == STEPS - 1) & (left == last), growth, 1.0)
+        put(tile_ptr + (STEPS + 3 - i % 2) * AREA + entry, z)
+    for i in range(STEPS, STEPS + left):
+        z_ptr = tile_ptr + (STEPS + 2 + i % 2) * AREA
+        z, entry = times(z_ptr, z_ptr, n_cols, BLOCK, BLOCK_K, "ieee" if SIGN == 1 else PRECISION)
         if SIGN == 1:
             z *= tl.where(i == STEPS - 1 + left - last, growth, 1.0)
         put(tile_ptr + (STEPS + 3 - i % 2) * AREA + entry, z)
