@@ -7,6 +7,8 @@ scales each matrix, and the rounds that it does not need return at once, the fir
 the result always lands in the same buffer.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +28,10 @@ from tritonparam.kernels.tile import exponent, growth_of, power_of_two
 
 # Squarings that are launched: enough for ||A|| <= THETA 2^ROUNDS = 8192. Beyond that exp is NaN.
 ROUNDS = 12
+
+# A tensor core truncates its sums, and squarings double what that makes of a symmetric matrix. Up
+# to this n torch's rounding is less: there they are sums in fp32.
+EXACT_MAX_N = 128
 
 # Columns of the schedule. From GROWTH on stands what the matrices are multiplied with before each
 # round and after the last, from SERIES on the scales of the commutators.
@@ -185,7 +191,7 @@ def expm_fwd(
     y, arrived = _polynomial(saved, sign, config, half=False)
     counted = {"first": first, "arrived": arrived, "scales": schedule}
     buffers = (y, y.clone())
-    rounds((SQUARE[sign],), ROUNDS, buffers, config, **counted)
+    rounds((SQUARE[sign],), ROUNDS, buffers, _rounds_config(config, sign, y.size(1)), **counted)
     return buffers[ROUNDS % 2].view(w.shape), saved
 
 
@@ -213,7 +219,7 @@ def expm_bwd(
     z, arrived = _polynomial(saved, sign, config, half=False)
     counted = {"first": first, "arrived": arrived, "scales": schedule}
     buffers = (z, z.clone(), m, m.clone(), torch.empty_like(m))
-    rounds(BACK[sign], ROUNDS, buffers, config, **counted)
+    rounds(BACK[sign], ROUNDS, buffers, _rounds_config(config, sign, z.size(1)), **counted)
     m = buffers[M[ROUNDS % 2]]
     t = m - m.mT if sign == -1 else m
     p = t
@@ -236,6 +242,12 @@ def n_launches(sign: int, dtype: torch.dtype, fwd: Config, bwd: Config) -> tuple
     forward = n_round_launches((SQUARE[sign],), ROUNDS, fwd)
     backward = n_round_launches(BACK[sign], ROUNDS, bwd)
     return prepared + polynomial + forward, 2 * polynomial + 2 + backward + series
+
+
+def _rounds_config(config: Config, sign: int, n: int) -> Config:
+    if sign == -1 or n > EXACT_MAX_N or config.precision == "ieee":
+        return config
+    return replace(config, precision="ieee", block=32, block_k=16)  # slices are in registers
 
 
 def _form(sign: int, of_skew: str, of_symmetric: str = "symmetric") -> str:
@@ -296,9 +308,15 @@ def launches(phase: str, chain: str, n: int, dtype: torch.dtype, config: Config)
     }
     sign = -1 if kind == "skew" else 1
     steps = (SQUARE[sign],) if phase == "fwd" else BACK[sign]
-    rows = product_launches(config, compute_dtype(dtype), forms[phase])
-    rows += round_launches(f"{chain}_{phase}", steps, ROUNDS, config, compute_dtype(dtype))
+    compute, of_rounds = compute_dtype(dtype), _rounds_config(config, sign, n)
+    rows = product_launches(config, compute, forms[phase])
+    if of_rounds != config:
+        rows += product_launches(of_rounds, compute, _EXACT_FORMS[phase])
+    rows += round_launches(f"{chain}_{phase}", steps, ROUNDS, of_rounds, compute)
     return rows + (square_launches(config, dtype, kind) if phase == "fwd" else [])
+
+
+_EXACT_FORMS = {"fwd": [("symmetric", "nnn")], "bwd": [("sum", "nnn"), ("symmetric", "nnn")]}
 
 
 def shipped(backend: str) -> list[tuple]:
@@ -313,7 +331,10 @@ def shipped(backend: str) -> list[tuple]:
         types |= {"arrived_ptr": "*i32"}
         options = _blocks_options(sign, dtype, True)
         rows.append((f"expm_blocks_{label}", _blocks_kernel, types, options))
-    for config in round_candidates(128, torch.float32, backend)[:1]:
+    exact = _rounds_config(config(EXACT_MAX_N, torch.float32, backend), 1, EXACT_MAX_N)
+    rows += product_launches(exact, torch.float32, _EXACT_FORMS["bwd"])
+    for numbers in round_candidates(EXACT_MAX_N, torch.float32, backend)[:1]:
         for sign, kind in ((-1, "skew"), (1, "symmetric")):
-            rows += round_launches(f"{kind}_exp_bwd", BACK[sign], ROUNDS, config, torch.float32)
+            of_rounds = _rounds_config(numbers, sign, EXACT_MAX_N)
+            rows += round_launches(f"{kind}_exp_bwd", BACK[sign], ROUNDS, of_rounds, torch.float32)
     return rows

@@ -11,8 +11,9 @@ import tritonparam as tp
 pytest.importorskip("triton")
 
 from tests.cases import errors
+from tests.interpreter import compute_as_a_gpu
 from tests.spectra import SPECTRA, with_norm
-from tritonparam.kernels import expm, expm_scratch
+from tritonparam.kernels import expm, expm_gemm, expm_scratch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +82,16 @@ def check(w, g, sign, kernels=expm, **numbers_of_its_own):
 def test_as_exact_as_torch(n, norm, sign):
     batch = 15 if norm > 9 else 5  # errors of single matrices differ by ten there
     check(original(n, norm, sign, batch), torch.randn(batch, n, n), sign)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "n", "norm", "batch"),
+    [(expm, 7, 9.0, 5), (expm_scratch, 7, 9.0, 5), (expm_gemm, 20, 80.0, 1)],
+)
+def test_squarings_do_not_amplify_what_tensor_cores_truncate(kernels, n, norm, batch, monkeypatch):
+    if DEVICE == "cpu" and not compute_as_a_gpu(monkeypatch):
+        pytest.skip("Triton's interpreter is not as the tests know it")
+    check(original(n, norm, 1, batch), torch.randn(batch, n, n), 1, kernels)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
