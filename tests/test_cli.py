@@ -53,11 +53,23 @@ def test_what_the_encoding_lacks_is_replaced(run):
     assert "3?3" in screen.buffer.getvalue().decode("ascii")
 
 
-def test_a_full_disk_is_one_sentence(run):
-    class Full(io.StringIO):
-        def flush(self):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+class Broken(io.StringIO):
+    """A stream that takes everything, and whose flush fails."""
 
-    assert run("info", stdout=Full()) == (
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def flush(self):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+def test_a_full_disk_is_one_sentence(run):
+    assert run("info", stdout=Broken(errno.ENOSPC)) == (
         f"tritonparam: what was to be written is not: {os.strerror(errno.ENOSPC)}."
     )
+
+
+def test_a_reader_that_has_left_is_told_nothing(run, capsys):
+    assert run("info", stdout=Broken(errno.EPIPE)) == 1
+    assert capsys.readouterr().err == ""

@@ -150,8 +150,8 @@ COMPILERS = [
     CompilationError("x = 1\ny = 2", type("Node", (), {"lineno": 2, "col_offset": 0})(), "no such"),
     PTXASError("ptxas fatal"),
     RuntimeError("PassManager::run failed"),
-    RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch"),
 ]
+NO_ROOM = RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
 PROGRAMMERS = [
     TypeError("wrong argument"),
     RuntimeError("CUDA error: an illegal memory access was encountered"),
@@ -168,6 +168,17 @@ def test_what_a_compiler_says(monkeypatch, error):
         layer.weight
     message = str(error).splitlines()[-1].split(": ")[-1]
     assert message in tp.explain(layer)[0].reason
+
+
+def test_a_tuned_row_that_has_no_room_is_to_be_tuned_again(monkeypatch):
+    fail(monkeypatch, "cayley", 0, NO_ROOM)
+    layer = CHAINS["cayley"][0](5)
+    with pytest.warns(UserWarning, match="no room for the tuned configuration for float32, n = 5"):
+        layer.weight
+    assert tp.explain(layer)[0].reason == (
+        f"the device has no room for its tuned configuration here (RuntimeError: {NO_ROOM}); "
+        "`python -m tritonparam tune --again` finds a configuration that fits"
+    )
 
 
 @pytest.mark.parametrize("phase", [0, 1], ids=["forward", "backward"])

@@ -93,8 +93,8 @@ ERRORS = {
     "tuning without a table": (
         lambda: tp.tune(cayley_layer()),
         ValueError,
-        "tune: there is no table to write to, since TRITONPARAM_CACHE_DIR is empty; unset it or "
-        "pass file=.",
+        "tune: there is no table to write to, since TRITONPARAM_CACHE_DIR is empty; set "
+        "TRITONPARAM_CACHE_DIR to a folder of yours or pass file=.",
     ),
     "--target alone": (
         lambda: info.report(targets=["sm_90"]),

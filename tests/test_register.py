@@ -288,7 +288,11 @@ def test_batched_weights():
 def test_what_is_transferred_is_fused_where_it_was():
     layer = tp.register_parametrization(nn.Linear(4, 4), "weight", tp.Skew(), tp.CayleyMap())
     torch_register(layer, "bias", Double())
+    value = torch.diag(torch.tensor([-1.0, -1, 1, 1]))  # signs that other values would not need
+    layer.weight = value
+    layer.parametrizations.bias[0].register_buffer("base", torch.ones(2, requires_grad=True))
     other = tp.transfer_parametrizations_and_params(layer, nn.Linear(4, 4))
+    assert torch.equal(layer.weight, value)
     for name, kind in (("weight", FusedParametrizationList), ("bias", tp.ParametrizationList)):
         assert type(other.parametrizations[name]) is kind
         assert torch.equal(getattr(other, name), getattr(layer, name))

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tritonparam as tp
 from tests.test_configs import CLOSED, ROW
-from tritonparam import configs, tables
+from tritonparam import configs, tables, tuner
 
 
 @pytest.fixture
@@ -37,6 +38,24 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert tables.users_file() == tmp_path / ".cache" / "tritonparam" / file.name
     monkeypatch.setenv("TRITONPARAM_CACHE_DIR", "~/tuned")
     assert tables.users_file().parent == tmp_path / "tuned"
+
+
+@pytest.mark.parametrize("asked", ["", "~/tuned"])
+def test_without_a_home_there_is_no_table(monkeypatch, asked):
+    """As a container's user who is nobody: no folder is called ~ in the current one."""
+
+    def nobody(*_):
+        raise KeyError
+
+    pwd = pytest.importorskip("pwd")
+    for name in ("HOME", "XDG_CACHE_HOME", "TRITONPARAM_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if asked:
+        monkeypatch.setenv("TRITONPARAM_CACHE_DIR", asked)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert tables.users_file() is None
+    with pytest.raises(ValueError, match="no table to write to, since no home is known; set"):
+        tuner.tune(tp.weight_norm(torch.nn.Linear(2, 2)))
 
 
 def test_a_folder_that_cannot_be_looked_into_has_no_table(monkeypatch, tmp_path):

@@ -66,6 +66,26 @@ def test_a_failed_registration_leaves_no_trace(what, parametrized, fused):
     layer(torch.ones(1, layer.in_features)).sum().backward()
 
 
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_failed_transfer_leaves_no_trace(parametrized):
+    """The check of what is fused on somebody's word comes last."""
+    layer, other = layer_of(tp.Skew(), tp.CayleyMap()), nn.Linear(4, 4)
+    tp.register_parametrization(layer, "bias", Double())
+    layer.weight = torch.diag(torch.tensor([-1.0, -1, 1, 1]))
+    if parametrized:
+        torch_register(other, "weight", tp.Pruning(torch.ones(4, 4)))
+    modules = [layer, other]
+    before = [snapshot(m) for m in modules]
+    accumulators = [accumulator(p) for m in modules for p in m.parameters()]
+    tp.add_rule((Double,), lambda links, x: x)
+    with pytest.raises(ValueError, match="add_rule: Double"):
+        tp.transfer_parametrizations_and_params(layer, other)
+    for m, was in zip(modules, before, strict=True):
+        assert_unchanged(m, was)
+    assert accumulators == [accumulator(p) for m in modules for p in m.parameters()]
+    other(torch.ones(1, 4)).sum().backward()
+
+
 def test_a_failed_registration_restores_the_links():
     cayley = tp.CayleyMap()
     with pytest.raises(ValueError, match="may not change the shape"):

@@ -55,9 +55,11 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         sys.stdout = None  # or Python tries it again as it ends
+        if error.errno == errno.EPIPE:  # as of head, which has read what it wanted
+            sys.exit(1)
         sys.exit(f"tritonparam: what was to be written is not: {error.strerror}.")
 
 

@@ -1,4 +1,4 @@
-"""What Triton could not compile here: remembered, so that it is asked once, and told the user."""
+"""What Triton could not compile or launch here: remembered, to ask once, and told the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _key(chain: str, x: Tensor, n: int) -> Key:
 
 
 def cause(chain: str, x: Tensor, n: int) -> str:
-    """Why a chain's kernels did not compile for x, of size n, or the empty string."""
+    """Why a chain's kernels do not run on x, of size n, or the empty string."""
     return _causes.get(_key(chain, x, n), "") if _causes else ""
 
 
@@ -29,13 +29,19 @@ def remember(chain: str, x: Tensor, n: int, error: Exception) -> None:
     """Keep the cause of a failure; a UserWarning tells the first one of each chain."""
     text = getattr(error, "error_message", None) or str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
-    _causes[_key(chain, x, n)] = why = f"{type(error).__name__}: {line}"
+    why = f"{type(error).__name__}: {line}"
+    # No default is launched so: a row was measured where more of the device was free.
+    tuned = "cooperative launch" in line
+    what = "the device has no room for" if tuned else "Triton cannot compile"
+    way_out = "; `python -m tritonparam tune --again` finds a configuration that fits" * tuned
+    its = "tuned configuration" if tuned else "kernel"
+    _causes[_key(chain, x, n)] = f"{what} its {its} here ({why}){way_out}"
     if chain not in _warned:
         _warned.add(chain)
         dtype = str(x.dtype).removeprefix("torch.")
         warnings.warn(
-            f"{chain}: Triton cannot compile the kernel for {dtype}, n = {n}, on {x.device}, so "
-            f"that the closed form is taken there ({why}); "
+            f"{chain}: {what} the {its} for {dtype}, n = {n}, on {x.device}, so "
+            f"that the closed form is taken there ({why}){way_out}; "
             "explain(model) shows every such weight.",
             stacklevel=1,
         )

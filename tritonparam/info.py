@@ -202,7 +202,7 @@ def _table_here() -> str:
     """What ``tune`` has measured for this machine, and where it is."""
     file = tables.users_file()
     if file is None:
-        return "switched off: TRITONPARAM_CACHE_DIR is empty"
+        return f"switched off: {tables.no_table()}"
     if not os.path.exists(file):
         return f"none of these versions in {file.parent}"
     with warnings.catch_warnings(record=True) as caught:

@@ -81,9 +81,7 @@ def kernel_declines(chain: str, x: Tensor, n: int, dtype: torch.dtype | None = N
         return declined
     if measured(chain, x, n, dtype) == "closed":
         return f"the closed form was measured faster at n = {n} on this device"
-    if cause := failures.cause(chain, x, n):
-        return f"Triton cannot compile its kernel here ({cause})"
-    return ""
+    return failures.cause(chain, x, n)
 
 
 def fall_back(error: Exception, chain: str, x: Tensor, n: int) -> None:

@@ -18,6 +18,7 @@ from tritonparam.fuse import (
     FusedParametrizationList,
     fuse_list,
     inject,
+    links_of,
     lists,
     originals,
     require_module,
@@ -78,10 +79,7 @@ def register_parametrization(
     if real is not None:
         require_whole(who, [real])
     names = list(home)
-    holders = [module, *lists(module).values()]
-    if is_parametrized(module):
-        holders.append(cast(nn.ModuleDict, module.parametrizations))
-    with restored_on_error(*holders, links=links):
+    with restored_on_error(*_holders(module), links=links):
         if is_parametrized(module):
             inject(module, tensor_name)
         if real is not None:
@@ -96,6 +94,12 @@ def register_parametrization(
             (written,) = swap_originals(plist, (real,))
             write(real, written)
     return module
+
+
+def _holders(module: nn.Module) -> list[nn.Module]:
+    """What a registration on a tensor of the module changes, beside the links."""
+    tables = [cast(nn.ModuleDict, module.parametrizations)] if is_parametrized(module) else []
+    return [module, *lists(module).values(), *tables]
 
 
 def _home(module: nn.Module, tensor_name: str) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def transfer_parametrizations_and_params(
 ) -> nn.Module:
     """Parametrize a module as another is, with its values: torch's function.
 
-    What is fused there is fused here.
+    What is fused there is fused here, and it is all or nothing.
 
     Arguments:
         from_module: the module to take links and originals from; nothing happens if it has none.
@@ -193,10 +197,25 @@ def transfer_parametrizations_and_params(
     >>> torch.equal(layer.weight, -layer.weight.T)
     True
     """
-    torch_parametrize.transfer_parametrizations_and_params(from_module, to_module, tensor_name)
     theirs, ours = lists(from_module), lists(to_module)
-    for name in theirs if tensor_name is None else [tensor_name]:
-        if type(theirs.get(name)) is FusedParametrizationList:
-            fuse_list(ours[name])
-            inject(to_module)
+    if not theirs:
+        return to_module
+    names = list(theirs) if tensor_name is None else [tensor_name]
+    links = [link for plist in (*theirs.values(), *ours.values()) for link in links_of(plist)]
+    states = [b for link in links for b in link.buffers()]
+    with restored_on_error(*_holders(to_module), links=links):
+        if ours:
+            inject(to_module, *names)
+        for name in names:
+            home = _home(to_module, name)
+            if home.get(name) is not None:
+                home[name] = stand_in(home[name])
+        before = [b.clone() for b in states]
+        torch_parametrize.transfer_parametrizations_and_params(from_module, to_module, tensor_name)
+        for state, value in zip(states, before, strict=True):
+            write(state, value)  # torch tries right inverses, and the links are from_module's too
+        for name in names:
+            if type(theirs[name]) is FusedParametrizationList:
+                fuse_list(lists(to_module)[name])
+                inject(to_module)
     return to_module

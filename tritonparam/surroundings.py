@@ -118,7 +118,7 @@ def cache() -> Finding:
     """The user's table can be read and written, and is of this machine and these versions."""
     file = tables.users_file()
     if file is None:
-        return SKIPPED, "TRITONPARAM_CACHE_DIR is empty, so that there is no table of the user's"
+        return SKIPPED, f"{tables.no_table()}, so that there is no table of the user's"
     folder = next(f for f in (file.parent, *file.parent.parents) if os.path.exists(f))
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -137,7 +137,7 @@ def _source() -> str:
 
 
 def users_file() -> Path | None:
-    """The user's own table, one for each set of versions; None where it is switched off.
+    """The user's own table, one for each set of versions; None where ``no_table`` says why.
 
     It lies in ``TRITONPARAM_CACHE_DIR``, which switches it off where it is empty, or in
     ``tritonparam`` in the user's folder for caches.
@@ -147,10 +147,16 @@ def users_file() -> Path | None:
         return None
     if folder is None:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tritonparam")
-    return (
-        Path(os.path.expanduser(folder))
-        / f"tuned-{'-'.join(k + v for k, v in sorted(versions().items()))}.json"
-    )
+    folder = os.path.expanduser(folder)
+    if folder.startswith("~"):  # no HOME, and no such user: it would be a folder of that name
+        return None
+    return Path(folder) / f"tuned-{'-'.join(k + v for k, v in sorted(versions().items()))}.json"
+
+
+def no_table() -> str:
+    """Why the user can have no table, where ``users_file`` is None."""
+    empty = os.environ.get("TRITONPARAM_CACHE_DIR") == ""
+    return "TRITONPARAM_CACHE_DIR is empty" if empty else "no home is known"
 
 
 def read(file: Path) -> dict[Key, Row]:

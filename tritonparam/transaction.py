@@ -38,7 +38,7 @@ def restored_on_error(*modules: nn.Module, links: Sequence[nn.Module] = ()) -> I
                 table.clear()
                 table.update(content)
         for buffer, value in values:
-            buffer.copy_(value)
+            write(buffer, value)
         raise
 
 

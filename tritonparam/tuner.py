@@ -118,8 +118,8 @@ def tune(
     file = file or tables.users_file()
     if file is None:
         raise ValueError(
-            "tune: there is no table to write to, since TRITONPARAM_CACHE_DIR is empty; "
-            "unset it or pass file=."
+            f"tune: there is no table to write to, since {tables.no_table()}; "
+            "set TRITONPARAM_CACHE_DIR to a folder of yours or pass file=."
         )
     kinds: dict[tables.Key, tuple[registry.Rule, ParametrizationList]] = {}
     for _, _, plist in parametrized_tensors(model):
