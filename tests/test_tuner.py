@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tritonparam as tp
-from tritonparam import configs, paths, tables, trials, tuner
+from tritonparam import configs, failures, paths, tables, trials, tuner
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +62,17 @@ def test_the_fastest_is_stored_and_taken(file, monkeypatch):
     configs.reload()
     assert "measured faster" in tp.explain(layer)[0].reason
     configs.reload()
+
+
+def test_what_failed_before_is_tried_again(file, monkeypatch):
+    """So that a row with no room on the device is replaced in the process that met it, too."""
+    monkeypatch.setattr(failures, "_causes", {})
+    monkeypatch.setattr(failures, "_warned", set())
+    layer = cayley()
+    with pytest.warns(UserWarning, match="tune --again"):
+        failures.remember("cayley", layer.weight, 4, RuntimeError("in cooperative launch"))
+    tp.tune(layer, file=file, clock=clock(closed=2e-5, composed=1e-5))
+    assert not failures.cause("cayley", layer.weight, 4)
 
 
 def test_what_gains_too_little_does_not_replace_the_default(file):

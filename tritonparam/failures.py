@@ -25,6 +25,11 @@ def cause(chain: str, x: Tensor, n: int) -> str:
     return _causes.get(_key(chain, x, n), "") if _causes else ""
 
 
+def forget() -> None:
+    """Let kernels be tried again, as with configurations that are about to change."""
+    _causes.clear()
+
+
 def remember(chain: str, x: Tensor, n: int, error: Exception) -> None:
     """Keep the cause of a failure; a UserWarning tells the first one of each chain."""
     text = getattr(error, "error_message", None) or str(error)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tritonparam import configs, info, registry, samples, tables, trials
+from tritonparam import configs, failures, info, registry, samples, tables, trials
 from tritonparam.declared import table
 from tritonparam.fuse import links_of, originals, parametrized_tensors, require_module
 from tritonparam.trials import Clock, Trial
@@ -134,6 +134,7 @@ def tune(
     new = [kinds[key] for key in kinds if again or key not in known]
     if new:
         tables.require_writable(file)
+        failures.forget()
     found = []
     for rule, plist in track(new):
         found.append(_measured(rule, plist, clock or trials.clock_of(originals(plist)[0].device)))
