@@ -42,6 +42,7 @@ gpu:
 	$(GPU_PYTHON) -m benchmarks.warm $$(($(BUDGET) / 6)); \
 	wait $$sanitizer || status=$$?; \
 	export TRITONPARAM_BENCH_DEVICE=cuda TRITONPARAM_TEST_UNTIL=$$((start + $(BUDGET))); \
+	export TRITONPARAM_TEST_LONGEST=300; \
 	$(GPU_PYTHON) -m tests.resumed benchmarks/test_speed.py --quiet || status=$$?; \
 	exit $$status
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import rounds, rows
 from benchmarks.cases import BOTH, PHASES, Timed
 from benchmarks.clock import PRODUCTS_FROM, Clock
-from benchmarks.passes import SLOW, Pass, Samples, Timer
+from benchmarks.passes import SLOW, Pass, Reader, Samples, Timer
 from benchmarks.rows import ONE_LAUNCH, Row
 from benchmarks.weights import EXACT, ONCE, Weights
 from tritonparam import configs
@@ -43,14 +43,6 @@ def forward_backward(
     yield _none(weights, BOTH) + _rows(weights, columns, found)
     if timed.graph:
         timers, how = _replays(weights, passes)
-        if one := weights.one_launch():
-            of_one = weights.gate_of_one_launch(one)
-            errors |= {name: rows.errors(found) for name, found in of_one.items()}
-            with configs.trying(one):
-                replayed = Pass(passes["kernel"].reader, weights.gs, returned=True)
-                timer, how[ONE_LAUNCH] = replayed.replays(weights.clock)
-            if how[ONE_LAUNCH].startswith("graph replay"):  # else it takes the default's numbers
-                timers[ONE_LAUNCH] = timer
         columns = _columns(weights, timers, rounds.plainly)
         found = {phase: {name: {"timed": how[name]} for name in columns} for phase in PHASES}
         for name in columns:
@@ -58,6 +50,31 @@ def forward_backward(
         yield _none(weights, f"{BOTH}, graph") + _rows(weights, columns, found, ", graph")
     if theirs := _peers(weights, passes):
         yield theirs
+
+
+def one_launch(timed: Timed, clock: Clock) -> list[Row]:
+    """The rows of graph replays with rounds in one launch, in turn with those of the kernel."""
+    weights = Weights(timed, clock)
+    one = weights.one_launch()
+    if one is None:
+        return []
+    errors = rows.errors(weights.gate_of_one_launch(one))
+    weights.train()
+    again = Pass(Reader.of("kernel", weights.modules), weights.gs, returned=True)
+    timers = {"kernel": again.replays(clock)[0]}
+    with configs.trying(one):
+        timers[ONE_LAUNCH], how = again.replays(clock)
+    if not how.startswith("graph replay"):  # it would take the kernel's numbers
+        return []
+    columns = _columns(weights, timers, rounds.plainly)
+    found: Found = {phase: {ONE_LAUNCH: {"timed": how}} for phase in PHASES}
+    found[BOTH][ONE_LAUNCH] |= errors
+    for phase, by_name in found.items():
+        seconds = _seconds(columns, phase)
+        if len(seconds) == len(timers):
+            gain = rows.ratio(seconds["kernel"], seconds[ONE_LAUNCH])
+            by_name[ONE_LAUNCH]["speedup_over_kernel"] = gain
+    return _rows(weights, columns, found, ", graph")
 
 
 def _none(weights: Weights, phase: str) -> list[Row]:

@@ -163,3 +163,13 @@ def test_embedding(orthogonal_map: str, benchmark: Any, results: Results) -> Non
     found: list[embedding.Run] = []
     benchmark.pedantic(lambda: found.append(embedding.run(orthogonal_map)), rounds=3)
     results.add("embedding", [embedding.row(orthogonal_map, found)])
+
+
+@pytest.mark.parametrize("timed", [timed for timed in rows(KIND) if timed.graph], ids=_name)
+def test_one_launch(timed: Timed, results: Results) -> None:
+    """After all others: programs that wait for each other may wait without an end."""
+    results.skip_if_spent()
+    found = measure.one_launch(timed, CLOCK)
+    if not found:
+        pytest.skip("it has no rounds to carry out in one launch, or no graph holds them")
+    results.add(timed.name, found)

@@ -14,7 +14,6 @@ from benchmarks.cases import BOTH, NORMS, Timed, compiles, least, torchs_bytes, 
 from benchmarks.clock import Clock
 from benchmarks.passes import SLOW, Pass, Reader, Samples
 from benchmarks.peers import Peer, constraint_error, peers
-from benchmarks.rows import ONE_LAUNCH
 from tests.cases import composed, error, fused
 from tritonparam import configs, info, tables, trials
 
@@ -104,10 +103,10 @@ class Weights:
         row |= {"batch": configs.batch(n, x.numel()), "path": "kernel", "config": config}
         return row if config else None
 
-    def gate_of_one_launch(self, row: tables.Row) -> dict[str, tuple[float, float]]:
+    def gate_of_one_launch(self, row: tables.Row) -> tuple[float, float]:
         """The errors of `gate`, of the kernel as a row says."""
         with configs.trying(row):
-            return {ONE_LAUNCH: gate(self.modules[0], self.gs[0], ["kernel"])["kernel"]}
+            return gate(self.modules[0], self.gs[0], ["kernel"])["kernel"]
 
     def train(self) -> None:
         """Put all into training mode, as what is timed."""

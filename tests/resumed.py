@@ -66,8 +66,20 @@ class Plugin:
         self._session = session
         session.items[:] = [item for item in session.items if item.nodeid not in self._begun]
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and not self._begun:  # a later process finds the same
+            print(f"\n{report.nodeid}\n{report.longreprtext}", file=sys.__stdout__, flush=True)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(nodeid)
+        self._watch()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self, node: pytest.Item | pytest.Collector) -> None:
+        if isinstance(node, pytest.Item):  # pytest has just cancelled it; the teardown is left
+            self._watch()
+
+    def _watch(self) -> None:
         longest = float(os.environ.get(LONGEST) or "120")
         seconds = max(min(longest, _until() + LATE - time.time()), 1.0)
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)

@@ -11,10 +11,14 @@ import pytest
 from tests import resumed
 
 TESTS = """
-import ctypes
+import ctypes, pytest
 
+def endless(): ctypes.PyDLL(None).sleep(100)  # nobody can interrupt it
 def test_first(): assert 1 == 2
-def test_endless(): ctypes.PyDLL(None).sleep(100)  # nobody can interrupt it
+def test_endless(): endless()
+@pytest.fixture
+def afterwards(): yield; endless()
+def test_endless_afterwards(afterwards): assert 2 == 3
 def test_last(): assert 3 == 4
 """
 
@@ -22,7 +26,7 @@ def test_last(): assert 3 == 4
 def test_the_tests_after_one_that_ends_its_process_run(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_other.py").write_text("import no_such_module")
-    environment = {resumed.LONGEST: "0.5", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {resumed.LONGEST: "3", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.resumed", "-q", str(tmp_path)],
         env=os.environ | environment,
@@ -31,10 +35,13 @@ def test_the_tests_after_one_that_ends_its_process_run(tmp_path):
         text=True,
     )
     assert done.returncode != 0
-    for said in ("assert 1 == 2", "assert 3 == 4"):
+    missing = "ModuleNotFoundError: No module named 'no_such_module'"
+    for said in ("assert 1 == 2", "assert 2 == 3", "assert 3 == 4", missing):
         assert done.stdout.count(f"E   {said}\n") == 1
-    assert "test_endless ended its process" in done.stdout
+    for name in ("test_endless", "test_endless_afterwards"):
+        assert f"{name} ended its process" in done.stdout
     assert "in test_endless" in done.stderr
+    assert "in afterwards" in done.stderr
 
 
 @pytest.mark.parametrize(
