@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from itertools import product
 
 import torch
 
@@ -27,9 +28,9 @@ def main(arguments: list[str]) -> int:
     seconds, *part = arguments
     if part:
         torch.set_num_threads(1)
-        for timed in CUDA[int(part[0]) :: PARTS]:
+        for step, timed in product((run, run_one_launch), CUDA[int(part[0]) :: PARTS]):
             try:
-                run(timed, Clock("cuda"))
+                step(timed, Clock("cuda"))
             except Exception as error:  # the benchmark has it too, and says so
                 print(f"benchmarks.warm: {timed.name} {timed.shapes[0]}: {error}", flush=True)
         return 0
@@ -53,7 +54,13 @@ def run(timed: Timed, clock: Clock) -> None:
     if sum(torchs_bytes(timed.name, shape) for shape in timed.shapes) < LARGE:
         weights.train()
         weights.passes()
-        if timed.graph and (one := weights.one_launch()):
+
+
+def run_one_launch(timed: Timed, clock: Clock) -> None:
+    """What `measure.one_launch` times, once: last here too, as it may wait without an end."""
+    if timed.graph:
+        weights = Weights(timed, clock)
+        if one := weights.one_launch():
             weights.gate_of_one_launch(one)
 
 

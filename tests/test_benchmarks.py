@@ -389,8 +389,14 @@ def test_warming_compiles_every_row_and_goes_on_after_an_error(cuda, monkeypatch
     monkeypatch.setattr(warm, "Clock", lambda kind: cuda.clock)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(warm, "CUDA", (SQUARE, TALL, replace(SQUARE, name="nothing"), SQUARE, TALL))
+    monkeypatch.setattr(weights.Weights, "one_launch", lambda self: ONE)
+    gated = []
+    monkeypatch.setattr(
+        weights.Weights, "gate_of_one_launch", lambda self, row: gated.append(len(compiled))
+    )
     assert warm.main(["100", "0"]) == 0
     assert len(compiled) == 2
+    assert gated == [2]  # after all that is compiled for the others
     monkeypatch.setattr(warm, "LARGE", 1)
     warm.run(TALL, cuda.clock)
     assert len(compiled) == 2

@@ -1,13 +1,16 @@
 """`python -m tests.sanitize`, with a stand-in for the tool."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from tests import sanitize
 from tests.cases import CASES
+from tritonparam.kernels import expm_gemm, newton_schulz
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +42,29 @@ def test_both_tools_run_every_kernel(tool, capfd):
         for dtype in ("float32", "float64", "bfloat16"):
             assert lines.count(f"{case.name} {case.shape(3)} torch.{dtype}") == 2
     assert printed.count(", no error\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cayley", 1), ("skew_exp", 2), ("symmetric_exp", 2)]
+)
+def test_rounds_in_one_launch_are_run(name, expected, monkeypatch):
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted where there is a GPU")
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    programs = []
+
+    def rounds(steps, n_rounds, buffers, config, **counted):
+        programs.append(config.programs)
+
+    for file in (newton_schulz, expm_gemm):
+        monkeypatch.setattr(file, "rounds", rounds)
+    (case,) = (case for case in CASES if case.name == name)
+    monkeypatch.setattr(sanitize, "CASES", [replace(case, max_kernel_n=4096)])
+    monkeypatch.setattr(sanitize, "DTYPES", (torch.float32,))
+    usual = f"{name} (100, 100) torch.float32"
+    assert list(sanitize.launch("cpu", ((100,),))) == [usual, f"{usual}, one launch"]
+    assert programs == [0] * expected + [1] * expected
 
 
 def test_an_error_is_returned(tool):
