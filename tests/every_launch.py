@@ -175,6 +175,9 @@ def compiled(launch: tuple, target: str) -> aot.Resources:
 
 def main(arguments: list[str]) -> int:
     """Compiles, prints what spills or takes too much shared memory, and counts that."""
+    known = [*aot.TARGETS, *(kind.__name__ for kind in KINDS)]
+    if unknown := set(arguments) - {*known}:
+        sys.exit(f"every_launch: takes some of {', '.join(known)}, got {', '.join(unknown)}")
     kinds = [kind for kind in KINDS if kind.__name__ in arguments] or KINDS
     bad = 0
     for target in [target for target in aot.TARGETS if target in arguments] or aot.TARGETS:

@@ -165,9 +165,9 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_launches_are_those_of_the_launchers(name, monkeypatch):
-    """Counted where Triton's interpreter would run a program; what is computed does not matter."""
+@pytest.fixture
+def count(monkeypatch):
+    """Of launches, where Triton's interpreter would run one; what is computed does not matter."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if torch.cuda.is_available():
         pytest.skip("kernels are not interpreted where there is a GPU")
@@ -176,8 +176,13 @@ def test_launches_are_those_of_the_launchers(name, monkeypatch):
     def launch(self, *args, **kwargs):
         count[0] += 1
 
-    layer = KERNELS[name]()
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    return count
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_launches_are_those_of_the_launchers(name, count):
+    layer = KERNELS[name]()
     with tp.use_path("kernel"):
         row = tp.explain(layer)[0]
         assert count == [0]
@@ -194,17 +199,8 @@ def test_launches_are_those_of_the_launchers(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cayley", "skew_exp", "symmetric_exp"])
-def test_launches_of_a_tuned_configuration(name, monkeypatch):
-    """As above, of rounds in one launch."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    if torch.cuda.is_available():
-        pytest.skip("kernels are not interpreted where there is a GPU")
-    count = [0]
-
-    def launch(self, *args, **kwargs):
-        count[0] += 1
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+def test_launches_of_a_tuned_configuration(name, count):
+    """Of rounds in one launch."""
     before = tp.Symmetric() if name == "symmetric_exp" else tp.Skew()
     after = tp.CayleyMap() if name == "cayley" else tp.MatrixExponential()
     layer = chain(randn(70, 70), before, after)
